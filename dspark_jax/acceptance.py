@@ -1,0 +1,103 @@
+"""Rejection sampling: which drafted tokens the target keeps, and the token it adds itself.
+
+Whatever the draft proposes, emitted tokens are distributed as the target alone would emit them
+(Leviathan et al. 2023; paper §2). At temperature 0 they are the target's argmax, token by token.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dspark_jax.types import Proposal, Verdict
+
+ACCEPT_SALT, EMIT_SALT = 1, 2
+
+
+def accept(
+    proposal: Proposal,
+    target_logits: Float[Array, "B S V"],
+    target_id: Int[Array, "Vd"],
+    verify_length: Int[Array, "B"],
+    temperature: Float[Array, "B"],
+    keys: Key[Array, "B"],
+) -> Verdict:
+    """Judge one block per sequence.
+
+    Draft i < `verify_length` is kept with probability min(1, p(x)/q(x)). The first refusal emits a
+    draw from max(p - q, 0) renormalised; a block kept up to `verify_length` emits a draw from p.
+    `target_logits[:, i]` is the target's prediction of draft i's position; rows past
+    `verify_length` are not read. `keys` must be fresh every round and not be the draft's.
+    """
+    greedy = temperature == 0
+    scale = jnp.where(greedy, 1.0, temperature)[:, None]
+    kept = jnp.where(
+        greedy[:, None],
+        proposal.tokens == jnp.argmax(target_logits[:, :-1], axis=-1),
+        jax.lax.cond(
+            jnp.all(greedy),
+            lambda: jnp.zeros(proposal.tokens.shape, bool),
+            lambda: _kept_by_chance(proposal, target_logits, target_id, scale, keys),
+        ),
+    )
+    slot = jnp.arange(kept.shape[1])
+    accepted = jnp.sum(jnp.cumprod(kept & (slot < verify_length[:, None]), axis=1), axis=1)
+    refused = accepted < verify_length
+    logits = _at(target_logits, accepted)
+    bonus = jnp.where(
+        greedy,
+        jnp.argmax(logits, axis=-1),
+        jax.lax.cond(
+            jnp.all(greedy),
+            lambda: jnp.zeros_like(accepted),
+            lambda: _emit(proposal, logits, target_id, accepted, refused, scale, keys),
+        ),
+    )
+    return Verdict(accepted, bonus.astype(proposal.tokens.dtype))
+
+
+def _kept_by_chance(
+    proposal: Proposal,
+    target_logits: Float[Array, "B S V"],
+    target_id: Int[Array, "Vd"],
+    scale: Float[Array, "B 1"],
+    keys: Key[Array, "B"],
+) -> Any:
+    """u < p(x) / q(x) per draft, compared as logarithms."""
+    log_p = jax.nn.log_softmax(target_logits[:, :-1] / scale[..., None])
+    log_q = jax.nn.log_softmax(proposal.logits / scale[..., None])
+    # Draft ids ascend with target ids, so the drafted token's place is found by bisection.
+    place = jnp.searchsorted(target_id, proposal.tokens)
+    log_p = jnp.take_along_axis(log_p, proposal.tokens[..., None], axis=-1)[..., 0]
+    log_q = jnp.take_along_axis(log_q, place[..., None], axis=-1)[..., 0]
+    draw = jax.vmap(lambda key: jax.random.uniform(key, log_p.shape[1:]))
+    return jnp.log(draw(_salted(keys, ACCEPT_SALT))) < log_p - log_q
+
+
+def _emit(
+    proposal: Proposal,
+    logits: Float[Array, "B V"],
+    target_id: Int[Array, "Vd"],
+    accepted: Int[Array, "B"],
+    refused: Any,
+    scale: Float[Array, "B 1"],
+    keys: Key[Array, "B"],
+) -> Int[Array, "B"]:
+    """A draw from p, or from the positive part of p - q where a draft was refused."""
+    p = jax.nn.softmax(logits / scale)
+    last = proposal.logits.shape[1] - 1
+    q = jax.nn.softmax(_at(proposal.logits, jnp.minimum(accepted, last)) / scale)
+    residual = jnp.maximum(p - jnp.zeros_like(p).at[:, target_id].set(q), 0.0)
+    # Rounding can leave nothing when p and q agree; the refusal then had probability zero.
+    empty = jnp.sum(residual, axis=-1, keepdims=True) <= 0.0
+    weights = jnp.where(refused[:, None] & ~empty, residual, p)
+    return jax.vmap(jax.random.categorical)(_salted(keys, EMIT_SALT), jnp.log(weights))
+
+
+def _salted(keys: Key[Array, "B"], salt: int) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, salt)
+
+
+def _at(values: Float[Array, "B S V"], row: Int[Array, "B"]) -> Float[Array, "B V"]:
+    return jnp.take_along_axis(values, row[:, None, None], axis=1)[:, 0]

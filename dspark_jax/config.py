@@ -1,0 +1,154 @@
+"""Every setting of a model, as frozen dataclasses: hashable, static under jit, and the command line."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MarkovHeadType = Literal["vanilla", "gated", "rnn"]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """A GLM-5.x (`glm_moe_dsa`) target; the names are those of its config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    index_topk: int
+    index_head_dim: int
+    index_n_heads: int
+    first_k_dense_replace: int
+    indexer_types: tuple[Literal["full", "shared"], ...]
+    """Which layers own an indexer; a shared layer reuses the last full layer's choice."""
+    routed_scaling_factor: float = 2.5
+    rms_norm_eps: float = 1e-5
+    latent_norm_eps: float = 1e-5
+    """Epsilon of q_a_layernorm and kv_a_layernorm: 1e-5 as vLLM and SGLang, 1e-6 as transformers."""
+    rope_theta: float = 8e6
+    max_position_embeddings: int = 4096
+    aux_layer_ids: tuple[int, ...] = ()
+    """Captured residual streams: id j enters layer j, id 0 is the embedding, id L leaves the last layer."""
+    unroll_layers: int = 8
+    """Up to this depth layers run one by one; deeper models are stacked and scanned."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[str, str], ...]:
+        """(indexer kind, mlp kind) of every layer."""
+        dense = self.first_k_dense_replace
+        return tuple(
+            (kind, "dense" if i < dense else "sparse") for i, kind in enumerate(self.indexer_types)
+        )
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A DSpark draft (paper §3; the names are those of the speculators format)."""
+
+    vocab_size: int
+    """Target vocabulary V: embeddings and the Markov head's previous token."""
+    draft_vocab_size: int
+    """Vd: what the draft can propose; V when the vocabulary is not reduced."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    aux_layer_ids: tuple[int, ...]
+    """Target layers the draft reads, in vLLM's numbering (id j enters layer j; 0 = embeddings)."""
+    mask_token_id: int
+    block_size: int = 8
+    sample_from_anchor: bool = True
+    """True: slot k predicts the token after it, G = block_size. False ("1+N"): slot k predicts itself."""
+    layer_types: tuple[LayerType, ...] = ()
+    """Attention of every layer; empty means full attention everywhere."""
+    sliding_window: int = 2048
+    sliding_window_non_causal: bool = False
+    markov_rank: int = 256
+    """Rank of the Markov head; 0 is plain DFlash."""
+    markov_head_type: MarkovHeadType = "vanilla"
+    enable_confidence_head: bool = True
+    confidence_head_with_markov: bool = True
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    target_hidden_size: int | None = None
+    """Width of one aux state when it differs from hidden_size."""
+    max_position_embeddings: int = 4096
+    unroll_layers: int = 8
+    """Up to this depth layers run one by one; deeper drafts are stacked and scanned."""
+
+    def __post_init__(self) -> None:
+        if not self.layer_types:
+            object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers but num_hidden_layers is "
+                f"{self.num_hidden_layers}; give one attention type per layer."
+            )
+        if self.draft_length < 1:
+            raise ValueError(
+                f"block_size {self.block_size} with sample_from_anchor {self.sample_from_anchor} "
+                f"drafts {self.draft_length} tokens; use a larger block_size."
+            )
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size {self.draft_vocab_size} exceeds vocab_size {self.vocab_size}; "
+                "the draft vocabulary is a subset of the target's."
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}; "
+                "it must be a row of the target's embedding."
+            )
+        if self.needs_markov_features and self.markov_rank == 0:
+            raise ValueError(
+                "confidence_head_with_markov needs a Markov head but markov_rank is 0; "
+                "set confidence_head_with_markov to false or give a rank."
+            )
+
+    @property
+    def draft_length(self) -> int:
+        """G, the tokens drafted per round."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+    @property
+    def needs_markov_features(self) -> bool:
+        return self.enable_confidence_head and self.confidence_head_with_markov
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Context window per layer, None where attention is full."""
+        return tuple(
+            self.sliding_window if t == "sliding_attention" else None for t in self.layer_types
+        )
+
+    @property
+    def causal(self) -> tuple[bool, ...]:
+        """Whether a slot sees only the slots before it, per layer (sliding layers by default)."""
+        return tuple(
+            t == "sliding_attention" and not self.sliding_window_non_causal
+            for t in self.layer_types
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's next token is chosen; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    seed: int = field(default=0)

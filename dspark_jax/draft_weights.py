@@ -1,0 +1,272 @@
+"""The published names of a drafter's parameters, and its config.json, read and written.
+
+One table of rows is walked in either direction: reading fills a Drafter from named tensors,
+writing gives the tensors back. Checkpoint weights are [out, in], ours [in, out].
+Format: speculators 0.9.0 (reference: dspark.md §4.1).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from dspark_jax.config import DraftConfig
+from dspark_jax.drafter import Drafter
+from dspark_jax.heads import ConfidenceHead, MarkovHead
+
+Path = tuple[Any, ...]
+Tensors = Mapping[str, Any]
+
+NOT_TRAINED = frozenset(
+    {"embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight"}
+    | {"d2t", "t2d"}
+)
+"""Tensors a checkpoint may hold that belong to the target or to the vocabulary map."""
+
+ENDINGS = {
+    "kernel": ("weight", True),
+    "weight": ("weight", False),
+    "bias": ("bias", False),
+    "markov_w1": ("markov_w1.weight", False),
+}
+"""Last step of a parameter's path: (last part of the published name, whether transposed)."""
+
+HEADS = {"markov_head": MarkovHead, "confidence_head": ConfidenceHead}
+
+
+class Row(NamedTuple):
+    """One published tensor and the parameter, or the layer of a stacked one, that it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    transposed: bool
+    repeat: int | None
+
+
+def parameter_table(config: DraftConfig) -> list[Row]:
+    """Every tensor of a drafter; the names follow from the modules' attribute names."""
+    drafter = abstract_drafter(config)
+    return [
+        row
+        for path, leaf in nnx.to_flat_state(nnx.state(drafter))
+        for row in _rows(drafter, path, leaf.shape)
+    ]
+
+
+def abstract_drafter(config: DraftConfig) -> Drafter:
+    """The drafter with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Drafter(config, nnx.Rngs(0)))
+
+
+def _rows(drafter: Drafter, path: Path, shape: tuple[int, ...]) -> Iterable[Row]:
+    ending, transposed = ENDINGS[path[-1]]
+    if path[0] != "layers":
+        name = ".".join((*path[:-1], ending))
+        yield Row(name, shape[::-1] if transposed else shape, path, transposed, None)
+        return
+    group, member = drafter.groups[path[1]], path[2]
+    stacked = group.repeats > 1
+    shape = shape[1:] if stacked else shape
+    for repeat in range(group.repeats):
+        name = ".".join(("layers", str(group.layer(member, repeat)), *path[3:-1], ending))
+        at = repeat if stacked else None
+        yield Row(name, shape[::-1] if transposed else shape, path, transposed, at)
+
+
+def tensors_from_params(drafter: Drafter) -> dict[str, np.ndarray]:
+    """The drafter's parameters under their published names and in their published layout."""
+    values = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(drafter))}
+    tensors = {}
+    for row in parameter_table(drafter.config):
+        value = values[row.path] if row.repeat is None else values[row.path][row.repeat]
+        tensors[row.name] = np.ascontiguousarray(value.T if row.transposed else value)
+    return tensors
+
+
+def params_from_tensors(
+    config: DraftConfig, tensors: Tensors, dtype: DTypeLike = jnp.float32
+) -> Drafter:
+    """The drafter that a checkpoint describes.
+
+    Tensors of the target and of the vocabulary map are passed over. Raises ValueError naming every
+    tensor that is missing, unknown or of another shape.
+    """
+    table = parameter_table(config)
+    check_tensors(table, tensors)
+    return _assemble(config, table, tensors, dtype)
+
+
+def warm_start(
+    config: DraftConfig, tensors: Tensors, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+) -> tuple[Drafter, tuple[str, ...]]:
+    """As `params_from_tensors`, but a head that is absent as a whole is drawn afresh.
+
+    Returns the names that were drawn too. So a DFlash draft starts a DSpark one.
+    """
+    table = parameter_table(config)
+    absent = [h for h in HEADS if not any(name.startswith(f"{h}.") for name in tensors)]
+    fresh = [row for row in table if row.path[0] in absent]
+    values = _fresh_heads(config, sorted({str(row.path[0]) for row in fresh}), rngs)
+    drawn = {row.name: values[row.path].T if row.transposed else values[row.path] for row in fresh}
+    completed = {**tensors, **drawn}
+    check_tensors(table, completed)
+    return _assemble(config, table, completed, dtype), tuple(drawn)
+
+
+def _fresh_heads(
+    config: DraftConfig, heads: Iterable[str], rngs: nnx.Rngs
+) -> dict[Path, np.ndarray]:
+    return {
+        (head, *path): np.asarray(leaf[...])
+        for head in heads
+        for path, leaf in nnx.to_flat_state(nnx.state(HEADS[head](config, rngs=rngs)))
+    }
+
+
+def check_tensors(table: Iterable[Row], tensors: Tensors) -> None:
+    """Raise one ValueError that names every missing, unknown and mis-shaped tensor."""
+    shapes = {row.name: row.shape for row in table}
+    problems = [f"missing {name} {list(shapes[name])}" for name in shapes if name not in tensors]
+    problems += [f"unknown {n}" for n in tensors if n not in shapes and n not in NOT_TRAINED]
+    for name in shapes:
+        if name in tensors and tuple(tensors[name].shape) != shapes[name]:
+            found, needed = list(tensors[name].shape), list(shapes[name])
+            problems.append(f"mis-shaped {name}: found {found}, the config needs {needed}")
+    if problems:
+        raise ValueError(
+            "the draft's tensors do not fit its config.json; use the pair that was saved together:"
+            + "".join(f"\n  {problem}" for problem in problems)
+        )
+
+
+def _assemble(
+    config: DraftConfig, table: Iterable[Row], tensors: Tensors, dtype: DTypeLike
+) -> Drafter:
+    pieces = defaultdict(list)
+    for row in table:
+        tensor = np.asarray(tensors[row.name])
+        pieces[row.path].append(tensor.T if row.transposed else tensor)
+    graphdef, abstract = nnx.split(abstract_drafter(config))
+    leaves = []
+    for path, leaf in nnx.to_flat_state(abstract):
+        value = np.stack(pieces[path]) if leaf.ndim > pieces[path][0].ndim else pieces[path][0]
+        leaves.append((path, leaf.replace(jnp.asarray(value, dtype))))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+SHARED_KEYS = (
+    "block_size",
+    "confidence_head_with_markov",
+    "draft_vocab_size",
+    "enable_confidence_head",
+    "markov_head_type",
+    "markov_rank",
+    "mask_token_id",
+    "sample_from_anchor",
+    "sliding_window_non_causal",
+    "target_hidden_size",
+)
+"""Keys of config.json that DraftConfig calls the same."""
+
+LAYER_KEYS = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "vocab_size",
+)
+"""The same within `transformer_layer_config`."""
+
+LAYER_CONSTANTS = {"attention_bias": False, "hidden_act": "silu", "model_type": "qwen3"}
+"""What the drafter is built for and does not vary."""
+
+
+def config_to_json(
+    config: DraftConfig, target_name: str, target_architectures: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """The speculators config.json of a draft, with every key explicit.
+
+    Readers disagree on absent keys (vLLM takes a missing sample_from_anchor for false, speculators
+    for true). `target_name` is the target's hub id; vLLM's one-argument serve refuses a path.
+    """
+    greedy = {"proposal_type": "greedy", "speculative_tokens": config.draft_length}
+    return {
+        "architectures": ["DSparkDraftModel"],
+        "aux_hidden_state_layer_ids": list(config.aux_layer_ids),
+        "dtype": dtype,
+        "speculators_config": {
+            "algorithm": "dspark",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [greedy | {"accept_tolerance": 0.0, "verifier_accept_k": 1}],
+            "verifier": {"architectures": list(target_architectures), "name_or_path": target_name},
+        },
+        "speculators_model_type": "dspark",
+        "speculators_version": "0.9.0",
+        "tie_word_embeddings": False,
+        "transformer_layer_config": _layer_config_to_json(config),
+    } | {key: getattr(config, key) for key in SHARED_KEYS}
+
+
+def _layer_config_to_json(config: DraftConfig) -> dict[str, Any]:
+    sliding = "sliding_attention" in config.layer_types
+    unused = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "layer_types": list(config.layer_types),
+        "max_window_layers": 28,  # transformers' default; layer_types overrides it
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "sliding_window": config.sliding_window if sliding else None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_sliding_window": sliding,
+        **unused,
+        **LAYER_CONSTANTS,
+    } | {key: getattr(config, key) for key in LAYER_KEYS}
+
+
+def config_from_json(described: Mapping[str, Any]) -> DraftConfig:
+    """The settings in a speculators config.json; ValueError for what this drafter is not."""
+    layer = described.get("transformer_layer_config", {})
+    needed = [key for key in SHARED_KEYS if key != "target_hidden_size"]
+    absent = [key for key in (*needed, "aux_hidden_state_layer_ids") if key not in described]
+    absent += [f"transformer_layer_config.{key}" for key in LAYER_KEYS if key not in layer]
+    if absent:
+        raise ValueError(
+            f"config.json lacks {', '.join(absent)}; add what the draft was trained with."
+        )
+    fixed = {key: layer.get(key, value) for key, value in LAYER_CONSTANTS.items()}
+    if fixed != LAYER_CONSTANTS:
+        raise ValueError(f"config.json asks for {fixed}, but drafts here have {LAYER_CONSTANTS}.")
+    # A null window or no layer_types leaves DraftConfig's default: full attention.
+    optional: dict[str, Any] = {"layer_types": tuple(layer.get("layer_types") or ())}
+    if layer.get("sliding_window") is not None:
+        optional["sliding_window"] = layer["sliding_window"]
+    return DraftConfig(
+        aux_layer_ids=tuple(described["aux_hidden_state_layer_ids"]),
+        rope_theta=_rope_theta(layer),
+        **{key: described.get(key) for key in SHARED_KEYS},
+        **{key: layer[key] for key in LAYER_KEYS},
+        **optional,
+    )
+
+
+def _rope_theta(layer: Mapping[str, Any]) -> float:
+    """Of transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
+    rope = layer.get("rope_parameters") or {**layer, **(layer.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", "default")
+    if kind != "default" or "rope_theta" not in rope:
+        raise ValueError(
+            f"config.json has rotary positions of type {kind!r} with theta "
+            f"{rope.get('rope_theta')}; drafts here need type 'default' and a rope_theta."
+        )
+    return float(rope["rope_theta"])

@@ -1,0 +1,146 @@
+"""Whole answers on the device: speculative decoding, and plain decoding, which it must equal.
+
+The host is needed only when every sequence is done.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dspark_jax.loop import Emitted, Request, Weights, cache_capacity, decode_step
+from dspark_jax.types import DecodeState, Draft, Rows, Target
+
+
+class Generation(NamedTuple):
+    """Answers (the first `count` tokens of a row; the end token is included) and what they took.
+
+    `survived[b, i]` counts the rounds in which draft i was accepted.
+    """
+
+    tokens: Int[Array, "B M"]
+    count: Int[Array, "B"]
+    rounds: Int[Array, "B"]
+    survived: Int[Array, "B G"]
+
+
+def generate(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: DecodeState,
+    request: Request,
+    limit: int,
+    end: Int[Array, "E"],
+) -> tuple[DecodeState, Generation]:
+    """Decode until every sequence has met an end token or `max_tokens` (at most `limit`)."""
+    batch, width = state.anchor.shape[0], draft.draft_length
+    done = Generation(
+        tokens=jnp.zeros((batch, limit), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        rounds=jnp.zeros(batch, jnp.int32),
+        survived=jnp.zeros((batch, width), jnp.int32),
+    )
+
+    def unfinished(carry: Any) -> Bool[Array, ""]:
+        return jnp.any(carry[0].active)
+
+    def round_(carry: Any) -> Any:
+        state, done = carry
+        was_active = state.active
+        state, emitted = decode_step(target, draft, weights, state, request)
+        before = done.count
+        done = append(done, emitted, end, request.max_tokens)
+        # Drafts cut off by the end of the answer were accepted for nothing: they do not count.
+        accepted = jnp.minimum(emitted.count - 1, done.count - before)
+        survived = (jnp.arange(width) < accepted[:, None]) & was_active[:, None]
+        done = done._replace(
+            rounds=done.rounds + was_active, survived=done.survived + survived
+        )
+        return state._replace(active=was_active & ~finished(done, end, request.max_tokens)), done
+
+    return jax.lax.while_loop(unfinished, round_, (state, done))
+
+
+def plain_generate(
+    target: Target,
+    params: Any,
+    state: DecodeState,
+    request: Request,
+    limit: int,
+    end: Int[Array, "E"],
+) -> tuple[DecodeState, Generation]:
+    """Plain decoding: one token per target pass, no draft anywhere in the program."""
+    batch = state.anchor.shape[0]
+    done = Generation(
+        tokens=jnp.zeros((batch, limit), jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        rounds=jnp.zeros(batch, jnp.int32),
+        survived=jnp.zeros((batch, 0), jnp.int32),
+    )
+
+    def unfinished(carry: Any) -> Bool[Array, ""]:
+        return jnp.any(carry[0].active)
+
+    def one_token(carry: Any) -> Any:
+        state, done = carry
+        position = jnp.where(state.active, state.length, cache_capacity(state.target_cache))
+        rows = Rows(state.anchor[:, None], position[:, None])
+        cache, states = target.extend(params, state.target_cache, rows)
+        logits = target.unembed(params, states.final_hidden)[:, 0]
+        token = sample(logits, request.temperature, state.keys, state.length)
+        emitted = Emitted(token[:, None], state.active.astype(jnp.int32))
+        state = state._replace(
+            anchor=token, length=state.length + state.active, target_cache=cache
+        )
+        rounds = done.rounds + state.active
+        done = append(done, emitted, end, request.max_tokens)._replace(rounds=rounds)
+        over = finished(done, end, request.max_tokens)
+        return state._replace(active=state.active & ~over), done
+
+    return jax.lax.while_loop(unfinished, one_token, (state, done))
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    temperature: Float[Array, "B"],
+    keys: Key[Array, "B"],
+    length: Int[Array, "B"],
+) -> Int[Array, "B"]:
+    """A draw from softmax(logits / temperature) per sequence; the argmax at temperature 0."""
+
+    def draw() -> Int[Array, "B"]:
+        fresh = jax.vmap(jax.random.fold_in)(keys, length)
+        scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
+        return jax.vmap(jax.random.categorical)(fresh, scaled)
+
+    best = jnp.argmax(logits, axis=-1)
+    drawn = jax.lax.cond(jnp.all(temperature == 0), lambda: best, draw)
+    return jnp.where(temperature == 0, best, drawn).astype(jnp.int32)
+
+
+def append(
+    done: Generation, emitted: Emitted, end: Int[Array, "E"], max_tokens: Int[Array, "B"]
+) -> Generation:
+    """Add a round's tokens, cut after the first end token and at `max_tokens`."""
+    slot = jnp.arange(emitted.tokens.shape[1])
+    is_end = jnp.any(emitted.tokens[..., None] == end, axis=-1)
+    before = jnp.cumsum(is_end, axis=1) - is_end
+    real = (slot < emitted.count[:, None]) & (before == 0)
+    real &= done.count[:, None] + slot < max_tokens[:, None]
+    limit = done.tokens.shape[1]
+    place = jnp.where(real, done.count[:, None] + slot, limit)
+    row = jnp.arange(done.tokens.shape[0])[:, None]
+    tokens = done.tokens.at[row, place].set(emitted.tokens, mode="drop")
+    count = done.count + jnp.sum(real, axis=1, dtype=done.count.dtype)
+    return done._replace(tokens=tokens, count=jnp.minimum(count, limit))
+
+
+def finished(
+    done: Generation, end: Int[Array, "E"], max_tokens: Int[Array, "B"]
+) -> Bool[Array, "B"]:
+    """Whether each answer has its end token or its last allowed token."""
+    last = jnp.take_along_axis(done.tokens, jnp.maximum(done.count - 1, 0)[:, None], axis=1)
+    ended = jnp.any(last == end, axis=1) & (done.count > 0)
+    return ended | (done.count >= jnp.minimum(max_tokens, done.tokens.shape[1]))

@@ -1,0 +1,1 @@
+"""The models being accelerated, each behind the same record of functions."""

@@ -1,0 +1,70 @@
+"""DSA lightning indexer: a cheap scorer that picks the keys a layer attends to (GLM-5, DeepSeek-V3.2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dspark_jax.config import TargetConfig
+from dspark_jax.layers import LayerNorm, Linear, matmul, rotate_interleaved
+
+INDEX_NORM_EPS = 1e-6
+
+
+class Indexer(nnx.Module):
+    """Scores `I[t, s] = sum_h w[t, h] relu(q[t, h] . k[s])`; one key head, weights of any sign.
+
+    Queries come from the normed query latent, keys and weights from the layer's normed input. The
+    first `qk_rope_head_dim` of every vector are rotated, the rest pass.
+    """
+
+    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
+        self.heads, self.dim = config.index_n_heads, config.index_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, rngs=rngs)
+        self.wk = Linear(config.hidden_size, self.dim, rngs=rngs)
+        self.k_norm = LayerNorm(self.dim, INDEX_NORM_EPS)
+        self.weights_proj = Linear(config.hidden_size, self.heads, rngs=rngs)
+
+    def keys(
+        self, x: Float[Array, "B T D"], angle: Float[Array, "B T half"]
+    ) -> Float[Array, "B T n"]:
+        """Index keys, after norm and rotation, as they are cached."""
+        return self._rotate(self.k_norm(self.wk(x))[..., None, :], angle)[..., 0, :]
+
+    def scores(
+        self,
+        x: Float[Array, "B T D"],
+        query_latent: Float[Array, "B T q"],
+        keys: Float[Array, "B C n"],
+        angle: Float[Array, "B T half"],
+    ) -> Float[Array, "B T C"]:
+        """Index scores of every key for every row, in float32."""
+        b, t, _ = x.shape
+        query = self.wq_b(query_latent).reshape(b, t, self.heads, self.dim)
+        query = self._rotate(query, angle)
+        product = jnp.einsum("bthn,bcn->bhtc", query, keys, preferred_element_type=jnp.float32)
+        weight = matmul(x.astype(jnp.float32), self.weights_proj.kernel[...].astype(jnp.float32))
+        weight = (weight * self.heads**-0.5).transpose(0, 2, 1)[..., None]
+        return jnp.sum(weight * jax.nn.relu(product * self.dim**-0.5), axis=1)
+
+    def _rotate(
+        self, x: Float[Array, "B T h n"], angle: Float[Array, "B T half"]
+    ) -> Float[Array, "B T h n"]:
+        rotated, passed = x[..., : self.rope_dim], x[..., self.rope_dim :]
+        return jnp.concatenate([rotate_interleaved(rotated, angle), passed], axis=-1)
+
+
+def select_top(
+    scores: Float[Array, "B T C"], visible: Bool[Array, "B T C"], k: int
+) -> Bool[Array, "B T C"]:
+    """The k best visible keys of every row; equal scores go to the earlier key.
+
+    Rows that see no more than k keys keep them all, so short contexts are dense attention.
+    """
+    if scores.shape[-1] <= k:
+        return visible
+    # Asked for places, not values: XLA then selects instead of sorting, 6 to 20 times as fast.
+    place = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), k)[1]
+    batch, row, _ = jnp.indices(place.shape, sparse=True)
+    return jnp.zeros(scores.shape, bool).at[batch, row, place].set(True) & visible

@@ -1,0 +1,112 @@
+"""Multi-head latent attention: keys and values of all heads compressed into one cached latent."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dspark_jax.config import TargetConfig
+from dspark_jax.layers import Linear, RMSNorm, rotate_interleaved
+from dspark_jax.targets.indexer import Indexer
+
+
+class LayerCache(NamedTuple):
+    """What one layer remembers of a token; `index` only in layers that own an indexer."""
+
+    latent: Float[Array, "B C r"]
+    rope: Float[Array, "B C p"]
+    index: Float[Array, "B C n"] | None
+
+
+class Query(NamedTuple):
+    """A row's query; `latent` is the normed low-rank query, which the indexer reads too."""
+
+    latent: Float[Array, "B T q"]
+    nope: Float[Array, "B T H n"]
+    rope: Float[Array, "B T H p"]
+
+
+class Mla(nnx.Module):
+    """GLM-5 attention. Head vectors are [nope | rope], `kv_b_proj` holds [key | value] per head."""
+
+    def __init__(self, config: TargetConfig, indexer: str, *, rngs: nnx.Rngs):
+        c = self.config = config
+        heads, eps = c.num_attention_heads, c.latent_norm_eps
+        self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, rngs=rngs)
+        self.q_a_layernorm = RMSNorm(c.q_lora_rank, eps)
+        self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim, rngs=rngs)
+        self.kv_a_proj_with_mqa = Linear(
+            c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, rngs=rngs
+        )
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, eps)
+        self.kv_b_proj = Linear(
+            c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), rngs=rngs
+        )
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, rngs=rngs)
+        self.indexer = Indexer(config, rngs=rngs) if indexer == "full" else None
+
+    def query(self, x: Float[Array, "B T D"], angle: Float[Array, "B T half"]) -> Query:
+        """The queries of every row."""
+        c = self.config
+        latent = self.q_a_layernorm(self.q_a_proj(x))
+        heads = self.q_b_proj(latent).reshape(*x.shape[:2], c.num_attention_heads, c.qk_head_dim)
+        nope, rope = jnp.split(heads, [c.qk_nope_head_dim], axis=-1)
+        return Query(latent, nope, rotate_interleaved(rope, angle))
+
+    def memory(self, x: Float[Array, "B T D"], angle: Float[Array, "B T half"]) -> LayerCache:
+        """What this layer remembers of every row."""
+        latent, rope = jnp.split(self.kv_a_proj_with_mqa(x), [self.config.kv_lora_rank], axis=-1)
+        rope = rotate_interleaved(rope[..., None, :], angle)[..., 0, :]
+        # The indexer learns from its own loss alone; nothing flows back into the model.
+        indexed = jax.lax.stop_gradient(x)
+        index = None if self.indexer is None else self.indexer.keys(indexed, angle)
+        return LayerCache(self.kv_a_layernorm(latent), rope, index)
+
+    def attend_expanded(
+        self, query: Query, memory: LayerCache, visible: Bool[Array, "B T C"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T C"]]:
+        """Attention with per-head keys and values: fewest operations when rows are many.
+
+        Also returns the attention averaged over heads, which trains the indexer.
+        """
+        c, (b, s, _) = self.config, memory.latent.shape
+        heads = self.kv_b_proj(memory.latent).reshape(b, s, c.num_attention_heads, -1)
+        key, value = jnp.split(heads, [c.qk_nope_head_dim], axis=-1)
+        scores = _product("bthn,bshn->bhts", query.nope, key)
+        probs = self._softmax(scores, query, memory, visible)
+        out = _product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), jnp.mean(probs, axis=1)
+
+    def attend_absorbed(
+        self, query: Query, memory: LayerCache, visible: Bool[Array, "B S C"]
+    ) -> Float[Array, "B S D"]:
+        """The same attention in the latent space: fewest bytes when rows are few."""
+        c = self.config
+        kernel = self.kv_b_proj.kernel[...].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+        key, value = jnp.split(kernel, [c.qk_nope_head_dim], axis=-1)
+        absorbed = _product("bshn,rhn->bshr", query.nope, key).astype(query.nope.dtype)
+        scores = _product("bshr,bcr->bhsc", absorbed, memory.latent)
+        probs = self._softmax(scores, query, memory, visible).astype(memory.latent.dtype)
+        mixed = _product("bhsc,bcr->bshr", probs, memory.latent).astype(memory.latent.dtype)
+        out = _product("bshr,rhv->bshv", mixed, value).astype(mixed.dtype)
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
+
+    def _softmax(
+        self,
+        scores: Float[Array, "B H T C"],
+        query: Query,
+        memory: LayerCache,
+        visible: Bool[Array, "B T C"],
+    ) -> Float[Array, "B H T C"]:
+        scores = scores + _product("bthp,bcp->bhtc", query.rope, memory.rope)
+        scores = jnp.where(visible[:, None], scores * self.config.qk_head_dim**-0.5, -jnp.inf)
+        # A padding row sees nothing: keep its softmax finite (its result is never read).
+        top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
+        weight = jnp.exp(scores - jax.lax.stop_gradient(top))
+        return weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
+
+
+def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

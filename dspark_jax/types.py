@@ -1,0 +1,144 @@
+"""The arrays that cross a module border.
+
+Dimension key: B sequences · T tokens · N anchors per row · G drafts per round (`draft_length`) ·
+K slots of a block (`block_size`; G = K when `sample_from_anchor`, else K - 1) · S = G + 1 verify
+width · V target vocabulary · Vd draft vocabulary · D hidden · A aux layers · L draft layers ·
+H query heads · d head dim · r Markov rank · C context capacity.
+
+NamedTuples rather than checked dataclasses: they survive `tree.map` to shardings and `eval_shape`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Batch(NamedTuple):
+    """Packed training rows. `segment` is 0 on padding and 1, 2, … per document; positions restart."""
+
+    tokens: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    segment: Int[Array, "B T"]
+    position: Int[Array, "B T"]
+
+
+class TargetStates(NamedTuple):
+    """What a draft reads of its target; both before the target's final norm."""
+
+    aux_hidden: Float[Array, "B T AD"]
+    final_hidden: Float[Array, "B T D"]
+
+
+class Rows(NamedTuple):
+    """Tokens to run through a target with a cache; a row with `position` >= C is padding."""
+
+    tokens: Int[Array, "B S"]
+    position: Int[Array, "B S"]
+
+
+class Frozen(NamedTuple):
+    """The target's tables that a draft shares and never trains.
+
+    `lm_head` holds the columns of the draft vocabulary; `target_id[v]` is the target id of draft
+    id v, ascending (`target_id = v + d2t[v]` in the published checkpoints).
+    """
+
+    embed: Float[Array, "V D"]
+    lm_head: Float[Array, "D Vd"]
+    target_id: Int[Array, "Vd"]
+
+
+class Blocks(NamedTuple):
+    """Training blocks: where they start, the tokens of their slots and what supervises them.
+
+    `tokens[b, n, k]` is the real token at `anchor + k` (clamped at the row's end); `label_mask` is
+    1 where slot k is trained.
+    """
+
+    anchor: Int[Array, "B N"]
+    valid: Bool[Array, "B N"]
+    tokens: Int[Array, "B N K"]
+    label_mask: Bool[Array, "B N K"]
+
+
+class BlockScores(NamedTuple):
+    """Teacher-forced outputs of the draft; `confidence` is before the sigmoid, None without a head."""
+
+    hidden: Float[Array, "B N K D"]
+    logits: Float[Array, "B N K Vd"]
+    confidence: Float[Array, "B N K"] | None
+
+
+class DraftCache(NamedTuple):
+    """Per draft layer, keys and values of the fused target states; never of draft tokens."""
+
+    k: tuple[Float[Array, "B C Hk d"], ...]
+    v: tuple[Float[Array, "B C Hk d"], ...]
+
+
+class Proposal(NamedTuple):
+    """One drafted block. `tokens` are target ids; `logits` are over the draft vocabulary."""
+
+    tokens: Int[Array, "B G"]
+    logits: Float[Array, "B G Vd"]
+    confidence: Float[Array, "B G"]
+
+
+class Verdict(NamedTuple):
+    """`accepted` drafts (0..G) and the token the target adds; acceptance length = accepted + 1."""
+
+    accepted: Int[Array, "B"]
+    bonus: Int[Array, "B"]
+
+
+class Target(NamedTuple):
+    """What drafting, verifying and training need of a model; every function is jit-able.
+
+    `forward(params, tokens, segment, position) -> TargetStates`: whole packed rows, no cache.
+    `init_cache(batch, capacity, dtype) -> cache`.
+    `extend(params, cache, rows) -> (cache, TargetStates)`: rows after their caches.
+    `unembed(params, hidden) -> logits`: final norm and head, float32.
+    `frozen(params, target_id) -> Frozen`: the tables a draft shares.
+    `trace(params, tokens, segment, position) -> (TargetStates, choices)` and
+    `trace_extend(params, cache, rows) -> (cache, TargetStates, choices)`: the same with what every
+    layer chose, to explain a divergence.
+    """
+
+    config: Any
+    forward: Callable[..., TargetStates]
+    init_cache: Callable[..., Any]
+    extend: Callable[..., tuple[Any, TargetStates]]
+    unembed: Callable[..., Any]
+    frozen: Callable[..., Frozen]
+    trace: Callable[..., Any]
+    trace_extend: Callable[..., Any]
+
+
+class Draft(NamedTuple):
+    """What the decode loop needs of a draft; every function is jit-able.
+
+    `init_cache(batch, capacity, dtype) -> cache`.
+    `extend_context(params, cache, aux_hidden, position) -> cache`.
+    `draft_block(params, frozen, cache, length, anchor, keys, temperature) -> Proposal`.
+    """
+
+    draft_length: int
+    init_cache: Callable[..., Any]
+    extend_context: Callable[..., Any]
+    draft_block: Callable[..., Proposal]
+
+
+class DecodeState(NamedTuple):
+    """All that a decode round reads and replaces: the documentation of the loop.
+
+    `anchor` is the last emitted token, not yet seen by the target; it will sit at position
+    `length`. Rows of both caches at or past `length` are stale and get overwritten.
+    """
+
+    anchor: Int[Array, "B"]
+    length: Int[Array, "B"]
+    active: Bool[Array, "B"]
+    keys: Key[Array, "B"]
+    draft_cache: Any
+    target_cache: Any

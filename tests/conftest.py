@@ -1,0 +1,33 @@
+"""Runs every test on eight fake CPU devices, and adds the option `--golden DIR`."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA takes the last value of a repeated flag, so the user's other flags stay.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--golden DIR`: where the parity tests find their files."""
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        metavar="DIR",
+        help="folder of golden files, laid out like tests/golden (the default)",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The folder of golden files."""
+    folder = request.config.option.golden.resolve()
+    if not folder.is_dir():
+        pytest.exit(f"--golden {folder} is not a folder", returncode=pytest.ExitCode.USAGE_ERROR)
+    return folder

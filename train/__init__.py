@@ -1,0 +1,1 @@
+"""Trains a draft model against its target: `python -m dspark_jax.train`."""
