@@ -63,6 +63,31 @@ def generate(
     return jax.lax.while_loop(unfinished, round_, (state, done))
 
 
+def plain_state(
+    target: Target, keys: Key[Array, "B"], capacity: int, dtype: Any = jnp.float32
+) -> DecodeState:
+    """Empty caches for plain decoding; no draft is involved."""
+    batch = keys.shape[0]
+    return DecodeState(
+        anchor=jnp.zeros(batch, jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+        active=jnp.ones(batch, bool),
+        keys=keys,
+        draft_cache=(),
+        target_cache=target.init_cache(batch, capacity, dtype),
+    )
+
+
+def plain_prefill(
+    target: Target, params: Any, state: DecodeState, rows: Rows, anchor: Int[Array, "B"]
+) -> DecodeState:
+    """As `loop.prefill`, without a draft."""
+    cache, _ = target.extend(params, state.target_cache, rows)
+    real = rows.position < cache_capacity(cache)
+    length = state.length + jnp.sum(real, axis=1, dtype=state.length.dtype)
+    return state._replace(anchor=anchor, length=length, target_cache=cache)
+
+
 def plain_generate(
     target: Target,
     params: Any,

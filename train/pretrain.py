@@ -183,7 +183,7 @@ def balance(params: Any, choices: list[tuple[Choices, ...]], step: float) -> Any
         if path[-1] != "e_score_correction_bias":
             return param
         routing = flat[path[1] + path[2]].routing
-        count = jnp.bincount(routing.index.reshape(-1), length=param.shape[-1])
+        count = jnp.bincount(routing.expert.reshape(-1), length=param.shape[-1])
         return param.replace(param[...] + step * jnp.sign(jnp.mean(count) - count))
 
     flat_params = nnx.to_flat_state(params)

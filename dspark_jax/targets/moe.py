@@ -12,10 +12,11 @@ from dspark_jax.layers import SwiGLU, init_normal, matmul
 
 
 class Routing(NamedTuple):
-    """A router's decision: `weight` is dense over experts and zero where not chosen."""
+    """A router's decision: `biased` ranks the experts, `weight` is zero where not chosen."""
 
     logits: Float[Array, "*rows E"]
-    index: Int[Array, "*rows k"]
+    biased: Float[Array, "*rows E"]
+    expert: Int[Array, "*rows k"]
     weight: Float[Array, "*rows E"]
 
 
@@ -36,11 +37,11 @@ class Router(nnx.Module):
         )
         score = jax.nn.sigmoid(logits)
         biased = score + self.e_score_correction_bias[...].astype(jnp.float32)
-        index = jax.lax.top_k(jax.lax.stop_gradient(biased), self.config.num_experts_per_tok)[1]
-        chosen = jax.nn.one_hot(index, score.shape[-1], dtype=score.dtype).sum(axis=-2)
+        expert = jax.lax.top_k(jax.lax.stop_gradient(biased), self.config.num_experts_per_tok)[1]
+        chosen = jax.nn.one_hot(expert, score.shape[-1], dtype=score.dtype).sum(axis=-2)
         weight = score * chosen
         weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + 1e-20)
-        return Routing(logits, index, weight * self.config.routed_scaling_factor)
+        return Routing(logits, biased, expert, weight * self.config.routed_scaling_factor)
 
 
 class Experts(nnx.Module):

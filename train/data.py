@@ -1,0 +1,133 @@
+"""A run's data: the user's conversations, or prompts the target answers itself; then token rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dspark_jax.train.conversations import (
+    Messages,
+    Row,
+    prompt_tokens,
+    read_conversations,
+    tokenise_all,
+    write_conversations,
+)
+from dspark_jax.train.files import LoadedTarget, target_fingerprint
+from dspark_jax.train.prompts import answer, library_prompts
+from dspark_jax.train.settings import TrainSettings
+from dspark_jax.types import Target
+
+ANSWER_BATCH = 64
+
+
+class Data(NamedTuple):
+    """Rows to train on, rows to measure on, and held-out prompts to serve."""
+
+    train: list[Row]
+    held_out: list[Row]
+    prompts: list[np.ndarray]
+
+
+def load_data(
+    settings: TrainSettings,
+    target: Target,
+    loaded: LoadedTarget,
+    progress: Callable[[int, int], None],
+) -> Data:
+    """Read `--data`, or make it; `progress(done, total)` follows the making.
+
+    The last `held_out_share` of given data is held out (speculators' rule); regenerated data holds
+    out prompts from source files that the embedded target never trained on.
+    """
+    if settings.data is not None:
+        conversations = read_conversations(settings.data)
+        rows = tokenise_all(loaded.tokenizer, conversations, settings.data)
+        cut = min(len(rows) - 1, int(len(rows) * (1 - settings.held_out_share)))
+        if cut < 1:
+            raise ValueError(
+                f"data {settings.data} has {len(rows)} conversation, which leaves none to hold "
+                "out; give at least two."
+            )
+        train, held_out = conversations[:cut], conversations[cut:]
+        tokenised = Data(rows[:cut], rows[cut:], [])
+    else:
+        train, held_out = regenerate(settings, target, loaded, progress)
+        tokenised = Data(
+            tokenise_all(loaded.tokenizer, train, "the regenerated data"),
+            tokenise_all(loaded.tokenizer, held_out, "the regenerated data"),
+            [],
+        )
+    asked = [m for m in held_out if any(turn["role"] == "user" for turn in m)]
+    prompts = [prompt_tokens(loaded.tokenizer, m) for m in asked]
+    prompts = [p for p in prompts if len(p) <= settings.prompt_tokens]
+    return tokenised._replace(prompts=prompts[: settings.serve_prompts])
+
+
+def regenerate(
+    settings: TrainSettings,
+    target: Target,
+    loaded: LoadedTarget,
+    progress: Callable[[int, int], None],
+) -> tuple[list[Messages], list[Messages]]:
+    """Conversations answered by the target, written to OUTPUT/data and reused when they match."""
+    folder = settings.output / "data"
+    recipe = {
+        "target_sha256": target_fingerprint(loaded.folder),
+        "conversations": settings.conversations,
+        "prompt_tokens": settings.prompt_tokens,
+        "answer_tokens": settings.answer_tokens,
+        "seed": settings.seed,
+    }
+    files = [folder / "train.jsonl", folder / "held_out.jsonl"]
+    stamp = folder / "recipe.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == recipe:
+        return read_conversations(files[0]), read_conversations(files[1])
+    prompts = library_prompts(settings.seed)
+    wanted = {
+        files[0]: prompts.train[: settings.conversations],
+        files[1]: prompts.held_out[: max(ANSWER_BATCH, settings.conversations // 8)],
+    }
+    total, done = sum(map(len, wanted.values())), 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, total)
+
+    made = []
+    for path, texts in wanted.items():
+        conversations = answer(
+            target,
+            loaded.params,
+            loaded.tokenizer,
+            texts,
+            settings.prompt_tokens,
+            settings.answer_tokens,
+            ANSWER_BATCH,
+            settings.seed,
+            count,
+        )
+        write_conversations(path, conversations)
+        made.append(conversations)
+    stamp.write_text(json.dumps(recipe, indent=1) + "\n")
+    return made[0], made[1]
+
+
+def frequent_ids(rows: list[Row], vocab_size: int, draft_vocab_size: int) -> np.ndarray:
+    """The draft vocabulary: most frequent trained tokens, ties to the lower id, ascending."""
+    count = np.zeros(vocab_size, np.int64)
+    for row in rows:
+        np.add.at(count, row.tokens[row.loss_mask], 1)
+    order = np.lexsort((np.arange(vocab_size), -count))
+    return np.sort(order[:draft_vocab_size]).astype(np.int32)
+
+
+def check_output(path: Path) -> None:
+    """Make the output folder; ValueError when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output {path} cannot be made: {error}.") from error

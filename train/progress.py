@@ -1,0 +1,60 @@
+"""A progress bar in the units people care about; plain lines where there is no terminal."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class Bar:
+    """One bar: `show(done, total, values)` with the values named at its making."""
+
+    def __init__(self, console: Console, title: str, names: tuple[str, ...]):
+        self.console, self.title, self.names = console, title, names
+        self.started, self.printed = time.monotonic(), float("-inf")
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(title, values="")
+
+    def __enter__(self) -> Self:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, trace)
+
+    def seconds(self) -> float:
+        """Time since the bar was made."""
+        return time.monotonic() - self.started
+
+    def show(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        """Move the bar; `values` may hold more than is shown."""
+        text = "  ".join(f"{name} {values[name]:,.4g}" for name in self.names if name in values)
+        self.progress.update(self.task, completed=done, total=total, values=text)
+        late = time.monotonic() - self.printed > PLAIN_EVERY_SECONDS
+        if not self.console.is_terminal and (late or done >= total):
+            self.printed = time.monotonic()
+            left = self.seconds() * (total - done) / max(done, 1)
+            self.console.print(f"{self.title} {done}/{total}  {text}  {left:.0f} s left")

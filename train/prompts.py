@@ -1,0 +1,106 @@
+"""The main job's data: functions of the standard library as prompts, answered by the target itself."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.generation import Generation, plain_generate, plain_prefill, plain_state
+from dspark_jax.loop import Request
+from dspark_jax.train import python_corpus
+from dspark_jax.train.conversations import Messages, prompt_tokens
+from dspark_jax.types import Rows, Target
+
+
+class Prompts(NamedTuple):
+    """Texts to ask; the held-out ones come from files the target never trained on."""
+
+    train: list[str]
+    held_out: list[str]
+
+
+def library_prompts(seed: int) -> Prompts:
+    """Signature and docstring of the standard library's documented functions, in random order."""
+    train, held_out = [], []
+    for source in python_corpus.sources(python_corpus.standard_library()):
+        found = [e.prompt for e in python_corpus.functions(source) if e.documented]
+        (held_out if source.held_out else train).extend(found)
+    prompts = Prompts(list(dict.fromkeys(train)), list(dict.fromkeys(held_out)))
+    for texts in prompts:
+        np.random.default_rng(seed).shuffle(texts)
+    return prompts
+
+
+def answer(
+    target: Target,
+    params: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    longest_prompt: int,
+    max_tokens: int,
+    batch: int,
+    seed: int,
+    progress: Callable[[int], None],
+) -> list[Messages]:
+    """Conversations of the given prompts with the target's own answers at temperature 1.
+
+    Prompts longer than `longest_prompt` tokens are passed over. `progress(n)` hears of every n
+    answers.
+    """
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    prompts = [(m, prompt_tokens(tokenizer, m)) for m in asked]
+    prompts = [(m, tokens) for m, tokens in prompts if len(tokens) <= longest_prompt]
+    run = jax.jit(partial(_answer_batch, target, longest_prompt, max_tokens))
+    end = jnp.array([tokenizer.eos_token_id])
+    conversations: list[Messages] = []
+    for first in range(0, len(prompts), batch):
+        group = prompts[first : first + batch]
+        padded = [tokens for _, tokens in group] + [group[-1][1]] * (batch - len(group))
+        keys = jax.random.split(jax.random.key(seed + first), batch)
+        made = run(params, *pad_prompts(padded, longest_prompt), keys, end)
+        tokens, count = np.asarray(made.tokens), np.asarray(made.count)
+        for i, (messages, _) in enumerate(group):
+            ids = [t for t in tokens[i, : count[i]] if t != tokenizer.eos_token_id]
+            reply = {"role": "assistant", "content": tokenizer.decode(ids)}
+            conversations.append([*messages, reply])
+        progress(len(group))
+    return conversations
+
+
+def pad_prompts(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [B, length], count [B]) of prompts of at most `length` tokens."""
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+    return tokens, np.array([len(p) for p in prompts], np.int32)
+
+
+def prompt_rows(tokens: Any, count: Any, capacity: int) -> tuple[Rows, Any]:
+    """All but the last token of every prompt as rows, and the last token: the first anchor."""
+    order = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    position = jnp.where(order < count[:, None] - 1, order, capacity)
+    return Rows(tokens, position), jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
+
+
+def _answer_batch(
+    target: Target,
+    longest_prompt: int,
+    max_tokens: int,
+    params: Any,
+    tokens: Any,
+    count: Any,
+    keys: Any,
+    end: Any,
+) -> Generation:
+    batch, capacity = tokens.shape[0], longest_prompt + max_tokens
+    state = plain_state(target, keys, capacity)
+    state = plain_prefill(target, params, state, *prompt_rows(tokens, count, capacity))
+    request = Request(
+        verify_length=jnp.zeros(batch, jnp.int32),
+        temperature=jnp.ones(batch),
+        max_tokens=jnp.full(batch, max_tokens),
+    )
+    return plain_generate(target, params, state, request, max_tokens, end)[1]

@@ -1,0 +1,125 @@
+"""The run's report: report.json, report.md and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def write_report(
+    output: Path, report: dict[str, Any], curve: list[dict[str, float]], bins: dict[str, list[float]]
+) -> None:
+    """Write all of it beside the checkpoints."""
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "report.md").write_text(markdown(report))
+    plot_curve(output / "loss.png", curve)
+    plot_acceptance(output / "acceptance.png", report)
+    plot_reliability(output / "confidence.png", bins)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for reading."""
+    validation, served = report["validation"], report["served"]
+    lines = [
+        "# DSpark training report",
+        "",
+        f"Target `{report['target']}`, draft `{report['checkpoint']}`, {report['steps']} steps.",
+        "",
+        "## Validation (teacher-forced, held-out conversations)",
+        "",
+        "| metric | value |",
+        "|---|---|",
+    ]
+    for name, value in validation.items():
+        if isinstance(value, float):
+            lines.append(f"| {name.replace('_', ' ')} | {value:.3f} |")
+    accuracy = " / ".join(f"{x:.3f}" for x in validation["position_accuracy"] if x is not None)
+    lines += [f"| position accuracy | {accuracy} |", "", "## Served (real decoding, batch 1)", ""]
+    lines += [
+        "| decoding | answers | acceptance length | tokens/s | plain tokens/s | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mode, part in served.items():
+        rows = {mode: part, **{f"{mode}, {k.replace('_', ' ')}": v for k, v in part["by_answer"].items()}}
+        lines += [_served_row(name, table) for name, table in rows.items() if table["answers"]]
+    greedy = served["greedy"]
+    lines += [
+        "",
+        f"Greedy answers identical to plain decoding by the same program: "
+        f"**{'yes' if greedy['identical_to_plain'] else 'NO'}**. "
+        f"Against the separately compiled one-token program "
+        f"{len(greedy['one_token_program_divergences'])} of {greedy['answers']} answers diverge"
+        + "".join(
+            f"; prompt {d['prompt']} at token {d['position']}, smallest margin {d['margin']:.1e} "
+            f"({d['kind']})"
+            for d in greedy["one_token_program_divergences"]
+        )
+        + ".",
+        "",
+        "Looping answers repeat one short piece at their end; repetition flatters a draft.",
+        "",
+        "![loss](loss.png) ![acceptance](acceptance.png) ![confidence](confidence.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _served_row(name: str, part: dict[str, Any]) -> str:
+    return (
+        f"| {name} | {part['answers']} | {part['acceptance_length']:.2f} "
+        f"| {part['tokens_per_second']:.0f} | {part['plain_tokens_per_second']:.0f} "
+        f"| {part['speedup']:.2f} |"
+    )
+
+
+def plot_curve(path: Path, curve: list[dict[str, float]]) -> None:
+    """Loss and expected acceptance length over training."""
+    figure, left = plt.subplots(figsize=(6, 4))
+    steps = [point["step"] for point in curve]
+    left.plot(steps, [point["loss"] for point in curve], color="tab:blue")
+    left.set_xlabel("step")
+    left.set_ylabel("loss", color="tab:blue")
+    right = left.twinx()
+    right.plot(steps, [point["accept_len"] for point in curve], color="tab:orange")
+    right.set_ylabel("expected acceptance length", color="tab:orange")
+    left.set_title("Training")
+    _save(figure, path)
+
+
+def plot_acceptance(path: Path, report: dict[str, Any]) -> None:
+    """Share of rounds in which each drafted position survived."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for mode, part in report["served"].items():
+        values = part["position_survival"]
+        label = f"{mode} (acceptance length {part['acceptance_length']:.2f})"
+        axes.plot(range(1, len(values) + 1), values, marker="o", label=label)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("drafted position")
+    axes.set_ylabel("share of rounds accepted up to here")
+    axes.set_title("Served acceptance by position")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_reliability(path: Path, bins: dict[str, list[float]]) -> None:
+    """Predicted against observed acceptance rate, by bins of equal width."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="calibrated")
+    axes.plot(bins["predicted"], bins["observed"], marker="o", label="confidence head")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("predicted acceptance")
+    axes.set_ylabel("observed acceptance rate")
+    axes.set_title("Confidence reliability (validation)")
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

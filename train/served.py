@@ -1,0 +1,184 @@
+"""The proof: held-out prompts decoded with the draft and without it, by real programs, timed."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.generation import (
+    Generation,
+    generate,
+    plain_generate,
+    plain_prefill,
+    plain_state,
+)
+from dspark_jax.loop import Request, Weights, init_state, prefill
+from dspark_jax.train.prompts import pad_prompts, prompt_rows
+from dspark_jax.types import Draft, Target
+
+LOOP_PERIODS, LOOP_COPIES = 24, 4
+
+
+class Answer(NamedTuple):
+    """One prompt's answer and what it took."""
+
+    tokens: list[int]
+    seconds: float
+    rounds: int
+    survived: list[int]
+
+
+class Programs(NamedTuple):
+    """Compiled once each: `speculative(prompt, temperature, verify_length)`, `plain(prompt, temperature)`."""
+
+    speculative: Callable[[np.ndarray, float, int], Answer]
+    plain: Callable[[np.ndarray, float], Answer]
+
+
+def make_programs(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    longest_prompt: int,
+    max_tokens: int,
+    end: int,
+    seed: int,
+) -> Programs:
+    """One sequence at a time: prefill and the whole answer without the host in between."""
+    # A round may write a whole block past the last token.
+    capacity = longest_prompt + max_tokens + draft.draft_length + 1
+    ends = jnp.array([end])
+
+    def speculative(weights: Weights, prompt: Any, request: Request, keys: Any) -> Generation:
+        state = init_state(target, draft, keys, capacity)
+        state = prefill(target, draft, weights, state, *prompt_rows(*prompt, capacity))
+        return generate(target, draft, weights, state, request, max_tokens, ends)[1]
+
+    def plain(params: Any, prompt: Any, request: Request, keys: Any) -> Generation:
+        state = plain_state(target, keys, capacity)
+        state = plain_prefill(target, params, state, *prompt_rows(*prompt, capacity))
+        return plain_generate(target, params, state, request, max_tokens, ends)[1]
+
+    run_speculative, run_plain = jax.jit(speculative), jax.jit(plain)
+
+    def timed(run: Any, params: Any, prompt: np.ndarray, temperature: float, length: int) -> Answer:
+        request = Request(
+            jnp.array([length]), jnp.array([temperature]), jnp.array([max_tokens])
+        )
+        keys = jax.random.split(jax.random.key(seed), 1)
+        padded = pad_prompts([prompt], longest_prompt)
+        start = time.perf_counter()
+        made = jax.block_until_ready(run(params, padded, request, keys))
+        seconds = time.perf_counter() - start
+        tokens = np.asarray(made.tokens)[0, : int(made.count[0])]
+        survived = np.asarray(made.survived)[0]
+        return Answer(tokens.tolist(), seconds, int(made.rounds[0]), survived.tolist())
+
+    return Programs(
+        speculative=lambda prompt, temperature, length: timed(
+            run_speculative, weights, prompt, temperature, length
+        ),
+        plain=partial(_plain, timed, run_plain, weights.target),
+    )
+
+
+def _plain(timed: Any, run: Any, params: Any, prompt: np.ndarray, temperature: float) -> Answer:
+    return timed(run, params, prompt, temperature, 0)
+
+
+def degenerates(tokens: Sequence[int]) -> bool:
+    """Whether an answer ends in a loop: its tail is at least four copies of one short piece."""
+    for period in range(1, LOOP_PERIODS + 1):
+        tail = tokens[-period * LOOP_COPIES :]
+        if len(tail) == period * LOOP_COPIES and list(tail) == list(tail[:period]) * LOOP_COPIES:
+            return True
+    return False
+
+
+def measure(
+    programs: Programs,
+    prompts: Sequence[np.ndarray],
+    temperature: float,
+    draft_length: int,
+    progress: Callable[[], None],
+) -> dict[str, Any]:
+    """One part of the report: every prompt answered twice, in turn, after one warm-up each."""
+    programs.speculative(prompts[0], temperature, draft_length)
+    programs.plain(prompts[0], temperature)
+    answers, plain = [], []
+    for prompt in prompts:
+        answers.append(programs.speculative(prompt, temperature, draft_length))
+        plain.append(programs.plain(prompt, temperature))
+        progress()
+    looping = [degenerates(a.tokens) for a in answers]
+    parts = {"all": [True] * len(answers), "looping": looping, "not_looping": [not x for x in looping]}
+    tables = {
+        name: summarise(answers, plain, keep, draft_length) for name, keep in parts.items()
+    }
+    result = tables["all"] | {
+        "by_answer": {name: tables[name] for name in ("not_looping", "looping")}
+    }
+    if temperature == 0:
+        result |= identity(programs, prompts, answers, plain)
+    result["prompts"] = [
+        {
+            "prompt_token_ids": prompt.tolist(),
+            "answer_token_ids": answer.tokens,
+            "rounds": answer.rounds,
+            "looping": loop,
+        }
+        for prompt, answer, loop in zip(prompts, answers, looping, strict=True)
+    ]
+    return result
+
+
+def summarise(
+    answers: Sequence[Answer], plain: Sequence[Answer], keep: Sequence[bool], draft_length: int
+) -> dict[str, Any]:
+    """Acceptance and speed over the chosen answers; acceptance_length = 1 + accepted / rounds."""
+    chosen = [pair for pair, wanted in zip(zip(answers, plain, strict=True), keep, strict=True) if wanted]
+    rounds = sum(a.rounds for a, _ in chosen)
+    if not rounds:
+        return {"answers": 0}
+    survived = np.sum([a.survived for a, _ in chosen], axis=0)
+    speed = sum(len(a.tokens) for a, _ in chosen) / sum(a.seconds for a, _ in chosen)
+    plain_speed = sum(len(p.tokens) for _, p in chosen) / sum(p.seconds for _, p in chosen)
+    return {
+        "answers": len(chosen),
+        "tokens": sum(len(a.tokens) for a, _ in chosen),
+        "rounds": rounds,
+        "acceptance_length": 1 + float(survived.sum()) / rounds,
+        "position_survival": [float(x) / rounds for x in survived[:draft_length]],
+        "tokens_per_second": speed,
+        "plain_tokens_per_second": plain_speed,
+        "speedup": speed / plain_speed,
+    }
+
+
+def identity(
+    programs: Programs,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[Answer],
+    plain: Sequence[Answer],
+) -> dict[str, Any]:
+    """Greedy answers against plain decoding: by the same program, and by the one-token program."""
+    same = [
+        programs.speculative(prompt, 0.0, 0).tokens == answer.tokens
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    differing = [
+        {"prompt": i, "position": first_difference(a.tokens, p.tokens)}
+        for i, (a, p) in enumerate(zip(answers, plain, strict=True))
+        if a.tokens != p.tokens
+    ]
+    return {"identical_to_plain": all(same), "one_token_program_divergences": differing}
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Index of the first token that differs, or the shorter length."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
