@@ -1,4 +1,4 @@
-"""Every setting of a model, as frozen dataclasses: hashable, static under jit, and the command line."""
+"""Every setting of a model, as frozen dataclasses: hashable and static under jit."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,11 +34,11 @@ class TargetConfig:
     routed_scaling_factor: float = 2.5
     rms_norm_eps: float = 1e-5
     latent_norm_eps: float = 1e-5
-    """Epsilon of q_a_layernorm and kv_a_layernorm: 1e-5 as vLLM and SGLang, 1e-6 as transformers."""
+    """Epsilon of q_a_ and kv_a_layernorm: 1e-5 as vLLM and SGLang, 1e-6 as transformers."""
     rope_theta: float = 8e6
     max_position_embeddings: int = 4096
     aux_layer_ids: tuple[int, ...] = ()
-    """Captured residual streams: id j enters layer j, id 0 is the embedding, id L leaves the last layer."""
+    """Captured residual streams: id j enters layer j, 0 is the embedding, L leaves the last."""
     unroll_layers: int = 8
     """Up to this depth layers run one by one; deeper models are stacked and scanned."""
 
@@ -74,7 +74,7 @@ class DraftConfig:
     mask_token_id: int
     block_size: int = 8
     sample_from_anchor: bool = True
-    """True: slot k predicts the token after it, G = block_size. False ("1+N"): slot k predicts itself."""
+    """True: slot k predicts the token after it, G = K. False ("1+N"): its own token."""
     layer_types: tuple[LayerType, ...] = ()
     """Attention of every layer; empty means full attention everywhere."""
     sliding_window: int = 2048
@@ -112,7 +112,7 @@ class DraftConfig:
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}; "
+                f"mask_token_id {self.mask_token_id} is outside vocab_size {self.vocab_size}; "
                 "it must be a row of the target's embedding."
             )
         if self.needs_markov_features and self.markov_rank == 0:
@@ -139,7 +139,7 @@ class DraftConfig:
 
     @property
     def causal(self) -> tuple[bool, ...]:
-        """Whether a slot sees only the slots before it, per layer (sliding layers by default)."""
+        """Whether a slot sees only earlier slots, per layer (sliding layers by default)."""
         return tuple(
             t == "sliding_attention" and not self.sliding_window_non_causal
             for t in self.layer_types

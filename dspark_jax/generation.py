@@ -14,13 +14,13 @@ from dspark_jax.types import DecodeState, Draft, Rows, Target
 
 
 class Generation(NamedTuple):
-    """Answers (the first `count` tokens of a row; the end token is included) and what they took.
+    """Answers (the first `length` tokens of a row; the end token is included) and what they took.
 
     `survived[b, i]` counts the rounds in which draft i was accepted.
     """
 
     tokens: Int[Array, "B M"]
-    count: Int[Array, "B"]
+    length: Int[Array, "B"]
     rounds: Int[Array, "B"]
     survived: Int[Array, "B G"]
 
@@ -38,7 +38,7 @@ def generate(
     batch, width = state.anchor.shape[0], draft.draft_length
     done = Generation(
         tokens=jnp.zeros((batch, limit), jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
         rounds=jnp.zeros(batch, jnp.int32),
         survived=jnp.zeros((batch, width), jnp.int32),
     )
@@ -50,14 +50,12 @@ def generate(
         state, done = carry
         was_active = state.active
         state, emitted = decode_step(target, draft, weights, state, request)
-        before = done.count
+        before = done.length
         done = append(done, emitted, end, request.max_tokens)
         # Drafts cut off by the end of the answer were accepted for nothing: they do not count.
-        accepted = jnp.minimum(emitted.count - 1, done.count - before)
+        accepted = jnp.minimum(emitted.length - 1, done.length - before)
         survived = (jnp.arange(width) < accepted[:, None]) & was_active[:, None]
-        done = done._replace(
-            rounds=done.rounds + was_active, survived=done.survived + survived
-        )
+        done = done._replace(rounds=done.rounds + was_active, survived=done.survived + survived)
         return state._replace(active=was_active & ~finished(done, end, request.max_tokens)), done
 
     return jax.lax.while_loop(unfinished, round_, (state, done))
@@ -100,7 +98,7 @@ def plain_generate(
     batch = state.anchor.shape[0]
     done = Generation(
         tokens=jnp.zeros((batch, limit), jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
         rounds=jnp.zeros(batch, jnp.int32),
         survived=jnp.zeros((batch, 0), jnp.int32),
     )
@@ -116,9 +114,7 @@ def plain_generate(
         logits = target.unembed(params, states.final_hidden)[:, 0]
         token = sample(logits, request.temperature, state.keys, state.length)
         emitted = Emitted(token[:, None], state.active.astype(jnp.int32))
-        state = state._replace(
-            anchor=token, length=state.length + state.active, target_cache=cache
-        )
+        state = state._replace(anchor=token, length=state.length + state.active, target_cache=cache)
         rounds = done.rounds + state.active
         done = append(done, emitted, end, request.max_tokens)._replace(rounds=rounds)
         over = finished(done, end, request.max_tokens)
@@ -152,20 +148,20 @@ def append(
     slot = jnp.arange(emitted.tokens.shape[1])
     is_end = jnp.any(emitted.tokens[..., None] == end, axis=-1)
     before = jnp.cumsum(is_end, axis=1) - is_end
-    real = (slot < emitted.count[:, None]) & (before == 0)
-    real &= done.count[:, None] + slot < max_tokens[:, None]
+    real = (slot < emitted.length[:, None]) & (before == 0)
+    real &= done.length[:, None] + slot < max_tokens[:, None]
     limit = done.tokens.shape[1]
-    place = jnp.where(real, done.count[:, None] + slot, limit)
+    place = jnp.where(real, done.length[:, None] + slot, limit)
     row = jnp.arange(done.tokens.shape[0])[:, None]
     tokens = done.tokens.at[row, place].set(emitted.tokens, mode="drop")
-    count = done.count + jnp.sum(real, axis=1, dtype=done.count.dtype)
-    return done._replace(tokens=tokens, count=jnp.minimum(count, limit))
+    length = done.length + jnp.sum(real, axis=1, dtype=done.length.dtype)
+    return done._replace(tokens=tokens, length=jnp.minimum(length, limit))
 
 
 def finished(
     done: Generation, end: Int[Array, "E"], max_tokens: Int[Array, "B"]
 ) -> Bool[Array, "B"]:
     """Whether each answer has its end token or its last allowed token."""
-    last = jnp.take_along_axis(done.tokens, jnp.maximum(done.count - 1, 0)[:, None], axis=1)
-    ended = jnp.any(last == end, axis=1) & (done.count > 0)
-    return ended | (done.count >= jnp.minimum(max_tokens, done.tokens.shape[1]))
+    last = jnp.take_along_axis(done.tokens, jnp.maximum(done.length - 1, 0)[:, None], axis=1)
+    ended = jnp.any(last == end, axis=1) & (done.length > 0)
+    return ended | (done.length >= jnp.minimum(max_tokens, done.tokens.shape[1]))

@@ -37,10 +37,10 @@ class Request(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """A round's new tokens: the first `count` of every row are real."""
+    """A round's new tokens: the first `length` of every row are real."""
 
     tokens: Int[Array, "B S"]
-    count: Int[Array, "B"]
+    length: Int[Array, "B"]
 
 
 def init_state(
@@ -116,15 +116,11 @@ def decode_step(
         draft_cache = draft.extend_context(
             weights.draft, state.draft_cache, states.aux_hidden, position
         )
-        state = commit(state, verdict)._replace(
-            draft_cache=draft_cache, target_cache=target_cache
-        )
+        state = commit(state, verdict)._replace(draft_cache=draft_cache, target_cache=target_cache)
     return state, emit(state, proposal, verdict)
 
 
-def verify_rows(
-    state: DecodeState, proposal: Proposal, verify_length: Int[Array, "B"]
-) -> Rows:
+def verify_rows(state: DecodeState, proposal: Proposal, verify_length: Int[Array, "B"]) -> Rows:
     """The anchor and the admitted drafts at their positions; every other row is padding."""
     tokens = jnp.concatenate([state.anchor[:, None], proposal.tokens], axis=1)
     offset = jnp.arange(tokens.shape[1], dtype=state.length.dtype)
@@ -136,7 +132,7 @@ def verify_rows(
 def kept_positions(
     state: DecodeState, position: Int[Array, "B S"], verdict: Verdict
 ) -> Int[Array, "B S"]:
-    """Positions of the anchor and the accepted drafts, padding elsewhere: what the draft may read."""
+    """Positions of the anchor and the accepted drafts, padding elsewhere."""
     kept = jnp.arange(position.shape[1]) <= verdict.accepted[:, None]
     return jnp.where(kept, position, cache_capacity(state.target_cache))
 

@@ -27,13 +27,16 @@ class Group(NamedTuple):
 
 
 def plan_groups(kinds: Sequence[Hashable], unroll: int) -> tuple[Group, ...]:
-    """Cut layers of the given kinds into groups; up to `unroll` layers every one is its own group."""
+    """Cut layers of the given kinds into groups; up to `unroll` layers each is its own."""
     if len(kinds) <= unroll:
         return tuple(Group(i, 1, 1) for i in range(len(kinds)))
     groups, start = [], 0
     while start < len(kinds):
         best = max(
-            (Group(start, unit, _repeats(kinds, start, unit)) for unit in range(1, LONGEST_UNIT + 1)),
+            (
+                Group(start, unit, _repeats(kinds, start, unit))
+                for unit in range(1, LONGEST_UNIT + 1)
+            ),
             key=lambda g: (g.unit * g.repeats if g.repeats > 1 else 1, -g.unit),
         )
         groups.append(best if best.repeats > 1 else Group(start, 1, 1))
@@ -77,7 +80,7 @@ def run_layers(
     layers: nnx.List,
     carry: Any,
     inputs: Sequence[Sequence[Any]],
-    step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    step: Callable[..., tuple[Any, Any]],
 ) -> tuple[Any, list[tuple[Any, ...]]]:
     """Run `step(layer, carry, input) -> (carry, output)` over all layers.
 

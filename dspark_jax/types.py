@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Batch(NamedTuple):
-    """Packed training rows. `segment` is 0 on padding and 1, 2, … per document; positions restart."""
+    """Packed rows. `segment` is 0 on padding and 1, 2, … per document; positions restart."""
 
     tokens: Int[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
@@ -63,7 +63,7 @@ class Blocks(NamedTuple):
 
 
 class BlockScores(NamedTuple):
-    """Teacher-forced outputs of the draft; `confidence` is before the sigmoid, None without a head."""
+    """Teacher-forced outputs; `confidence` is before the sigmoid, None without a head."""
 
     hidden: Float[Array, "B N K D"]
     logits: Float[Array, "B N K Vd"]

@@ -30,7 +30,9 @@ def read_conversations(path: Path) -> list[Messages]:
         raise ValueError(f"data {path} does not exist; give a JSONL file or a folder of them.")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"data {path} holds no *.jsonl file; give a JSONL file or a folder of them.")
+        raise ValueError(
+            f"data {path} holds no *.jsonl file; give a JSONL file or a folder of them."
+        )
     conversations = [_conversation(*line) for file in files for line in _lines(file)]
     if not conversations:
         raise ValueError(f"data {path} holds no conversation; every line is one JSON object.")
@@ -106,7 +108,9 @@ def _lines(file: Path) -> Iterable[tuple[str, Any]]:
             try:
                 yield where, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}; write one object a line.") from None
+                raise ValueError(
+                    f"{where} is not JSON: {error}; write one object a line."
+                ) from None
 
 
 def _conversation(where: str, value: Any) -> Messages:

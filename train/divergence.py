@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.types import Rows, Target
+from dspark_jax.types import Target
 
 
 class Margin(NamedTuple):

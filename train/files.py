@@ -23,7 +23,6 @@ from dspark_jax.drafter import Drafter
 from dspark_jax.targets import weights as glm_weights
 
 
-
 class LoadedTarget(NamedTuple):
     """A target folder in memory."""
 
@@ -62,7 +61,9 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
             f"{config.vocab_size} rows; use the tokenizer the target was trained with."
         )
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {folder} has no chat template; add chat_template.jinja.")
+        raise ValueError(
+            f"the tokenizer of {folder} has no chat template; add chat_template.jinja."
+        )
     shapes, place = {}, {}
     for path in sorted(folder.glob("*.safetensors")):
         with open_safetensors(path) as file:
@@ -125,8 +126,10 @@ def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np
     return config, params, _target_ids(tensors, config)
 
 
-def warm_params(folder: Path, config: DraftConfig, target: TargetConfig, seed: int) -> tuple[Any, tuple[str, ...]]:
-    """Parameters to continue from, and the heads that had to be drawn because the draft lacks them."""
+def warm_params(
+    folder: Path, config: DraftConfig, target: TargetConfig, seed: int
+) -> tuple[Any, tuple[str, ...]]:
+    """Parameters to continue from, and the heads that had to be drawn afresh."""
     check_fit(folder, config, target)
     drafter, drawn = warm_start(config, read_tensors(folder), nnx.Rngs(seed))
     return nnx.state(drafter, nnx.Param), drawn

@@ -1,4 +1,4 @@
-"""Rows packed into batches: several documents per row, positions that restart, padding at the end."""
+"""Rows packed into batches: several documents per row, positions that restart."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from dspark_jax.types import Batch
 
 
 class Packed(NamedTuple):
-    """A batch and where it came from: `document` is the row's number in the data set, -1 on padding."""
+    """A batch and where it came from: `document` is the data set's row, -1 on padding."""
 
     batch: Batch
     document: np.ndarray

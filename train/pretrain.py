@@ -67,6 +67,8 @@ class Pretraining:
 
 
 class Rows(NamedTuple):
+    """Token rows cut from a stream, documents told apart."""
+
     tokens: Int[Array, "B T"]
     segment: Int[Array, "B T"]
     position: Int[Array, "B T"]
@@ -105,9 +107,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def build_corpus(
-    settings: Pretraining, rng: np.random.Generator
-) -> tuple[Tokenizer, Corpus]:
+def build_corpus(settings: Pretraining, rng: np.random.Generator) -> tuple[Tokenizer, Corpus]:
     """Train the tokenizer, then encode training and held-out text in random order."""
     sources = read_corpus(settings)
     learn = [s for s in sources if not s.held_out]
@@ -136,10 +136,14 @@ def rows_at(stream: np.ndarray, starts: np.ndarray, length: int, end: int) -> Ro
     begins[:, 1:] = tokens[:, :-1] == end
     order = np.broadcast_to(np.arange(length), tokens.shape)
     origin = np.maximum.accumulate(np.where(begins, order, 0), axis=1)
-    return Rows(tokens, np.cumsum(begins, axis=1, dtype=np.int32) + 1, (order - origin).astype(np.int32))
+    return Rows(
+        tokens, np.cumsum(begins, axis=1, dtype=np.int32) + 1, (order - origin).astype(np.int32)
+    )
 
 
-def batches(stream: np.ndarray, settings: Pretraining, end: int, rng: np.random.Generator) -> Iterator[Rows]:
+def batches(
+    stream: np.ndarray, settings: Pretraining, end: int, rng: np.random.Generator
+) -> Iterator[Rows]:
     """Endless shuffled passes over the stream, shifted anew each pass."""
     length, size = settings.sequence_length, settings.batch_rows
     while True:
@@ -266,7 +270,9 @@ def run(settings: Pretraining) -> None:
     rng = np.random.default_rng(settings.seed)
     tokenizer, corpus = build_corpus(settings, rng)
     end = tokenizer.token_to_id(END)
-    print(f"corpus {len(corpus.train):,} tokens, held out {len(corpus.held_out_code):,}", flush=True)
+    print(
+        f"corpus {len(corpus.train):,} tokens, held out {len(corpus.held_out_code):,}", flush=True
+    )
     dense = dataclasses.replace(TINY_GLM, index_topk=settings.sequence_length)
     params = init_params(TINY_GLM, settings.seed)
     optimizer = make_optimizer(settings, params)

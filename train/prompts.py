@@ -1,4 +1,4 @@
-"""The main job's data: functions of the standard library as prompts, answered by the target itself."""
+"""The main job's data: functions of the standard library, answered by the target itself."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -61,7 +61,7 @@ def answer(
         padded = [tokens for _, tokens in group] + [group[-1][1]] * (batch - len(group))
         keys = jax.random.split(jax.random.key(seed + first), batch)
         made = run(params, *pad_prompts(padded, longest_prompt), keys, end)
-        tokens, count = np.asarray(made.tokens), np.asarray(made.count)
+        tokens, count = np.asarray(made.tokens), np.asarray(made.length)
         for i, (messages, _) in enumerate(group):
             ids = [t for t in tokens[i, : count[i]] if t != tokenizer.eos_token_id]
             reply = {"role": "assistant", "content": tokenizer.decode(ids)}

@@ -1,4 +1,4 @@
-"""Python source found on this machine, as training text: whole files, and functions as conversations.
+"""Python source found on this machine: whole files, and functions as conversations.
 
 Nothing is downloaded and nothing found here is stored in the repository. Files are split into
 training and held-out by a hash of their name, the same on every machine and for every command.
@@ -51,7 +51,7 @@ def installed_packages() -> Path:
 
 
 def sources(folder: Path, limit_bytes: int | None = None) -> Iterator[Source]:
-    """Readable Python files of a folder in name order, each top-level package up to `limit_bytes`."""
+    """Readable Python files of a folder by name, each top-level package up to `limit_bytes`."""
     used: dict[str, int] = {}
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).parts

@@ -11,7 +11,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def write_report(
-    output: Path, report: dict[str, Any], curve: list[dict[str, float]], bins: dict[str, list[float]]
+    output: Path,
+    report: dict[str, Any],
+    curve: list[dict[str, float]],
+    bins: dict[str, list[float]],
 ) -> None:
     """Write all of it beside the checkpoints."""
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -44,7 +47,10 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for mode, part in served.items():
-        rows = {mode: part, **{f"{mode}, {k.replace('_', ' ')}": v for k, v in part["by_answer"].items()}}
+        rows = {
+            mode: part,
+            **{f"{mode}, {k.replace('_', ' ')}": v for k, v in part["by_answer"].items()},
+        }
         lines += [_served_row(name, table) for name, table in rows.items() if table["answers"]]
     greedy = served["greedy"]
     lines += [

@@ -19,7 +19,14 @@ from dspark_jax.targets.target import glm_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.data import Data, check_output, frequent_ids, load_data
 from dspark_jax.train.divergence import margin_at
-from dspark_jax.train.files import LoadedTarget, embedded, load_target, mask_token, save_draft, warm_params
+from dspark_jax.train.files import (
+    LoadedTarget,
+    embedded,
+    load_target,
+    mask_token,
+    save_draft,
+    warm_params,
+)
 from dspark_jax.train.packing import pack
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.report import write_report
@@ -53,8 +60,8 @@ def run(settings: TrainSettings) -> None:
         data = load_data(settings, target, loaded, partial(report_answers, bar, settings))
     trained = sum(int(r.loss_mask.sum()) for r in data.train)
     console.print(
-        f"{len(data.train)} conversations, {trained:,} answer tokens; {len(data.held_out)} held out. "
-        "Slots that cross into another document are not trained on (speculators trains them)."
+        f"{len(data.train)} conversations, {trained:,} answer tokens; {len(data.held_out)} held "
+        "out. Slots that cross into another document are not trained on (speculators trains them)."
     )
     target_id = frequent_ids(data.train, config.vocab_size, config.draft_vocab_size)
     full = config.draft_vocab_size == config.vocab_size
@@ -62,7 +69,9 @@ def run(settings: TrainSettings) -> None:
     params, curve = train(settings, config, target, loaded, frozen, params, data, console)
     checkpoint = settings.output / "checkpoints" / f"step_{settings.steps}"
     save_draft(checkpoint, config, params, loaded, target_id)
-    report = prove(settings, config, target, Weights(loaded.params, params, frozen), loaded, data, console)
+    report = prove(
+        settings, config, target, Weights(loaded.params, params, frozen), loaded, data, console
+    )
     reliability = report.pop("reliability")
     report |= {"target": str(folder.name), "checkpoint": str(checkpoint), "steps": settings.steps}
     write_report(settings.output, report, curve, reliability)
@@ -94,7 +103,9 @@ def starting_params(
     if settings.warm_start is None:
         return init_draft_params(config, settings.seed)
     params, drawn = warm_params(settings.warm_start, config, loaded.config, settings.seed)
-    console.print(f"continuing from {settings.warm_start}; drawn afresh: {', '.join(drawn) or 'nothing'}")
+    console.print(
+        f"continuing from {settings.warm_start}; drawn afresh: {', '.join(drawn) or 'nothing'}"
+    )
     return params
 
 
@@ -119,7 +130,7 @@ def train(
 ) -> tuple[Any, list[dict[str, float]]]:
     """The loop over batches: (trained parameters, logged curve)."""
     source = states_source(settings, config, target, settings.hidden_states)
-    optimizer = make_optimizer(settings)
+    optimizer = make_optimizer(settings, params)
     score = make_scorer(target, config, source, settings.max_anchors)
     step = make_step(score, config, optimizer, settings)
     state = TrainState(params, jax.jit(optimizer.init)(params), jnp.int32(0))
@@ -218,8 +229,8 @@ def closing(
     for name, part in report["served"].items():
         console.print(
             f"{name}: acceptance length {part['acceptance_length']:.2f}, "
-            f"{part['tokens_per_second']:.0f} tokens/s against {part['plain_tokens_per_second']:.0f} "
-            f"plain ({part['speedup']:.2f}x)"
+            f"{part['tokens_per_second']:.0f} tokens/s against "
+            f"{part['plain_tokens_per_second']:.0f} plain ({part['speedup']:.2f}x)"
         )
     same = report["served"]["greedy"]["identical_to_plain"]
     console.print(f"greedy answers identical to plain decoding: {'yes' if same else 'NO'}")
@@ -245,7 +256,9 @@ def count(params: Any) -> int:
 def _record(metrics: Any, step: int, seen: int, seconds: float) -> dict[str, float]:
     totals = jax.device_get(metrics)
     means = {
-        name.removesuffix("_sum"): float(value / max(totals[f"{name.removesuffix('_sum')}_total"], 1e-9))
+        name.removesuffix("_sum"): float(
+            value / max(totals[f"{name.removesuffix('_sum')}_total"], 1e-9)
+        )
         for name, value in totals.items()
         if name.endswith("_sum")
     }

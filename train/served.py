@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Compiled once each: `speculative(prompt, temperature, verify_length)`, `plain(prompt, temperature)`."""
+    """Compiled once each; both take a prompt and a temperature, the first a verify length too."""
 
     speculative: Callable[[np.ndarray, float, int], Answer]
     plain: Callable[[np.ndarray, float], Answer]
@@ -66,15 +66,13 @@ def make_programs(
     run_speculative, run_plain = jax.jit(speculative), jax.jit(plain)
 
     def timed(run: Any, params: Any, prompt: np.ndarray, temperature: float, length: int) -> Answer:
-        request = Request(
-            jnp.array([length]), jnp.array([temperature]), jnp.array([max_tokens])
-        )
+        request = Request(jnp.array([length]), jnp.array([temperature]), jnp.array([max_tokens]))
         keys = jax.random.split(jax.random.key(seed), 1)
         padded = pad_prompts([prompt], longest_prompt)
         start = time.perf_counter()
         made = jax.block_until_ready(run(params, padded, request, keys))
         seconds = time.perf_counter() - start
-        tokens = np.asarray(made.tokens)[0, : int(made.count[0])]
+        tokens = np.asarray(made.tokens)[0, : int(made.length[0])]
         survived = np.asarray(made.survived)[0]
         return Answer(tokens.tolist(), seconds, int(made.rounds[0]), survived.tolist())
 
@@ -115,10 +113,12 @@ def measure(
         plain.append(programs.plain(prompt, temperature))
         progress()
     looping = [degenerates(a.tokens) for a in answers]
-    parts = {"all": [True] * len(answers), "looping": looping, "not_looping": [not x for x in looping]}
-    tables = {
-        name: summarise(answers, plain, keep, draft_length) for name, keep in parts.items()
+    parts = {
+        "all": [True] * len(answers),
+        "looping": looping,
+        "not_looping": [not x for x in looping],
     }
+    tables = {name: summarise(answers, plain, keep, draft_length) for name, keep in parts.items()}
     result = tables["all"] | {
         "by_answer": {name: tables[name] for name in ("not_looping", "looping")}
     }
@@ -140,7 +140,9 @@ def summarise(
     answers: Sequence[Answer], plain: Sequence[Answer], keep: Sequence[bool], draft_length: int
 ) -> dict[str, Any]:
     """Acceptance and speed over the chosen answers; acceptance_length = 1 + accepted / rounds."""
-    chosen = [pair for pair, wanted in zip(zip(answers, plain, strict=True), keep, strict=True) if wanted]
+    chosen = [
+        pair for pair, wanted in zip(zip(answers, plain, strict=True), keep, strict=True) if wanted
+    ]
     rounds = sum(a.rounds for a, _ in chosen)
     if not rounds:
         return {"answers": 0}

@@ -1,4 +1,4 @@
-"""Every setting of a training run: frozen dataclasses that are the command line, and the presets."""
+"""Every setting of a training run: the command line, and its presets."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -57,6 +57,8 @@ class TrainSettings:
     batch_rows: int = 4
     max_anchors: int = 96
     """Training blocks per packed row."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: matrices by Muon, the rest by AdamW (speculators' split); adamw: all by AdamW."""
     learning_rate: float = 3e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_share: float = 0.04
@@ -91,6 +93,7 @@ PRESETS = {
         output=Path("runs/qwen3-8b"),
         sequence_length=4096,
         max_anchors=512,
+        optimizer="adamw",
         learning_rate=6e-4,
         weight_decay=0.0,
         draft=DraftOptions(
@@ -101,6 +104,7 @@ PRESETS = {
         output=Path("runs/glm-5.2"),
         sequence_length=4096,
         max_anchors=1024,
+        optimizer="adamw",
         learning_rate=6e-4,
         draft=GLM_5_2,
     ),
@@ -108,6 +112,7 @@ PRESETS = {
         output=Path("runs/glm-5.2-3layer"),
         sequence_length=8192,
         max_anchors=1024,
+        optimizer="adamw",
         learning_rate=3e-4,
         draft=dataclasses.replace(GLM_5_2, num_layers=3, aux_layer_ids=(2, 20, 39, 58, 75)),
     ),

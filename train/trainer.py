@@ -1,4 +1,4 @@
-"""The training step and validation: target states, blocks, loss, update, in one compiled program."""
+"""The training step and validation: states, blocks, loss, update in one program."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
+from optax.contrib import MuonDimensionNumbers, muon
 
 from dspark_jax.anchors import at, sample_blocks, teacher_rows
 from dspark_jax.config import DraftConfig
@@ -60,8 +61,27 @@ def make_scorer(
     return score
 
 
-def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """Clipped AdamW with a linear warm-up; weights of one axis are not decayed."""
+def make_optimizer(settings: TrainSettings, params: Any) -> optax.GradientTransformation:
+    """Clipped AdamW or Muon with a linear warm-up; weights of one axis are not decayed."""
+    rate = learning_rate(settings)
+    if settings.optimizer == "adamw":
+        update = optax.adamw(
+            rate,
+            weight_decay=settings.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        )
+    else:
+        update = muon(
+            rate,
+            weight_decay=settings.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_axes(params),
+        )
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+
+
+def learning_rate(settings: TrainSettings) -> optax.Schedule:
+    """Step s of a warm-up of W has rate (s + 1) / W of the peak; then the chosen decay to zero."""
     peak, steps = settings.learning_rate, settings.steps
     warmup = max(1, round(settings.warmup_share * steps))
     after = {
@@ -70,14 +90,18 @@ def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
         "constant": optax.constant_schedule(peak),
     }[settings.schedule]
     ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            optax.join_schedules([ramp, after], [warmup]),
-            weight_decay=settings.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    )
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def muon_axes(params: Any) -> Any:
+    """Which parameters Muon takes: matrices, except the Markov head's two tables (speculators)."""
+
+    def choose(path: Any, param: Any) -> Any:
+        stacked = param.ndim - 2
+        takes = path[-1] == "kernel" and "markov_w2" not in path and min(param.shape[-2:]) > 1
+        return param.replace(MuonDimensionNumbers(stacked, stacked + 1) if takes else None)
+
+    return nnx.from_flat_state([(p, choose(p, v)) for p, v in nnx.to_flat_state(params)])
 
 
 def make_step(

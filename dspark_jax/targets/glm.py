@@ -1,4 +1,4 @@
-"""GLM-5.x (`glm_moe_dsa`): latent attention, a sparse indexer shared between layers, and experts."""
+"""GLM-5.x (`glm_moe_dsa`): latent attention, a sparse indexer shared by layers, experts."""
 
 from typing import Any, NamedTuple
 
@@ -78,7 +78,10 @@ class Glm(nnx.Module):
 
         def step(layer: GlmLayer, carry: _Carry, slot: Any) -> tuple[_Carry, Choices]:
             normed = layer.input_layernorm(carry.x)
-            query, memory = layer.self_attn.query(normed, angle), layer.self_attn.memory(normed, angle)
+            query, memory = (
+                layer.self_attn.query(normed, angle),
+                layer.self_attn.memory(normed, angle),
+            )
             scores, selected = _select(layer, normed, query.latent, memory, angle, visible, carry)
             update, attention = layer.self_attn.attend_expanded(query, memory, selected)
             x, routing = _residual(layer, carry.x + update)
@@ -105,7 +108,9 @@ class Glm(nnx.Module):
             query = layer.self_attn.query(normed, angle)
             memory = _write(cached, layer.self_attn.memory(normed, angle), rows.position)
             scores, selected = _select(layer, normed, query.latent, memory, angle, visible, carry)
-            x, routing = _residual(layer, carry.x + layer.self_attn.attend_absorbed(query, memory, selected))
+            x, routing = _residual(
+                layer, carry.x + layer.self_attn.attend_absorbed(query, memory, selected)
+            )
             choices = Choices(routing, scores, selected, None)
             return _leave(carry, x, selected, slot), (memory, choices)
 
@@ -132,7 +137,7 @@ class Glm(nnx.Module):
             return LayerCache(
                 latent=jnp.zeros((*lead, c.kv_lora_rank), dtype),
                 rope=jnp.zeros((*lead, c.qk_rope_head_dim), dtype),
-                index=index if c.indexer_types[layer] == "full" else None,
+                index_key=index if c.indexer_types[layer] == "full" else None,
             )
 
         return tuple(
@@ -143,7 +148,7 @@ class Glm(nnx.Module):
         return rope_angles(position, self.config.qk_rope_head_dim, self.config.rope_theta)
 
     def _aux_slots(self) -> list[int]:
-        """Place of every layer's input among the aux states; out of range when it is not captured."""
+        """Place of every layer's input among the aux states; out of range if not captured."""
         ids = self.config.aux_layer_ids
         layers = range(self.config.num_hidden_layers + 1)
         return [ids.index(j) if j in ids else len(ids) for j in layers]
@@ -181,11 +186,11 @@ def _select(
 ) -> tuple[Float[Array, "B T C"] | None, Bool[Array, "B T C"]]:
     """The keys every row attends to: chosen here, or the last choice where the layer shares it."""
     indexer = layer.self_attn.indexer
-    if indexer is None:
+    if indexer is None or memory.index_key is None:
         return None, carry.selected
     # The choice carries no gradient: the indexer learns from its own loss on these scores.
     scores = indexer.scores(
-        jax.lax.stop_gradient(normed), jax.lax.stop_gradient(query_latent), memory.index, angle
+        jax.lax.stop_gradient(normed), jax.lax.stop_gradient(query_latent), memory.index_key, angle
     )
     top = select_top(jax.lax.stop_gradient(scores), visible, layer.self_attn.config.index_topk)
     return scores, top
@@ -209,12 +214,14 @@ def _write(cached: LayerCache, new: LayerCache, position: Int[Array, "B S"]) -> 
     """New rows at their positions; a position past the capacity is dropped."""
     row = jnp.arange(position.shape[0])[:, None]
     return jax.tree.map(
-        lambda old, rows: old.at[row, position].set(rows.astype(old.dtype), mode="drop"), cached, new
+        lambda old, rows: old.at[row, position].set(rows.astype(old.dtype), mode="drop"),
+        cached,
+        new,
     )
 
 
 def frozen_tables(glm: Glm, target_id: Int[Array, "Vd"] | None = None) -> Frozen:
-    """The embedding and head a draft shares, the head cut to the draft vocabulary if one is given."""
+    """The embedding and head a draft shares, the head cut to the draft vocabulary if given."""
     if target_id is None:
         target_id = jnp.arange(glm.config.vocab_size)
         return Frozen(glm.embed_tokens[...], glm.lm_head.kernel[...], target_id)

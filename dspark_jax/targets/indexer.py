@@ -1,4 +1,4 @@
-"""DSA lightning indexer: a cheap scorer that picks the keys a layer attends to (GLM-5, DeepSeek-V3.2)."""
+"""DSA lightning indexer: a cheap scorer that picks the keys a layer attends to."""
 
 import jax
 import jax.numpy as jnp

@@ -13,11 +13,11 @@ from dspark_jax.targets.indexer import Indexer
 
 
 class LayerCache(NamedTuple):
-    """What one layer remembers of a token; `index` only in layers that own an indexer."""
+    """What one layer remembers of a token; `index_key` only in layers that own an indexer."""
 
     latent: Float[Array, "B C r"]
     rope: Float[Array, "B C p"]
-    index: Float[Array, "B C n"] | None
+    index_key: Float[Array, "B C n"] | None
 
 
 class Query(NamedTuple):

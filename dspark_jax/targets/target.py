@@ -1,4 +1,4 @@
-"""A GLM model as the rest of the package sees it: a record of pure functions over its parameters."""
+"""A GLM model as the rest of the package sees it: a record of pure functions."""
 
 from typing import Any
 

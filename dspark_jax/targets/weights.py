@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     path: tuple[Any, ...]
     layout: Layout
-    index: tuple[Any, ...]
+    place: tuple[Any, ...]
     """Place inside the parameter: (repeat,) of a stacked layer, then the expert."""
 
 
@@ -34,7 +34,8 @@ def config_from_json(config: Mapping[str, Any], **overrides: Any) -> TargetConfi
     """
     if config.get("model_type") != "glm_moe_dsa":
         raise ValueError(
-            f"architecture {config.get('model_type')!r} is not supported; supported is 'glm_moe_dsa'."
+            f"architecture {config.get('model_type')!r} is not supported; "
+            "supported is 'glm_moe_dsa'."
         )
     keys = TargetConfig.__dataclass_fields__.keys() & config.keys()
     values = {k: config[k] for k in keys if k not in ("indexer_types", "rope_theta")}
@@ -51,9 +52,7 @@ def _indexer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     if pattern := config.get("index_topk_pattern"):
         return tuple("full" if letter == "F" else "shared" for letter in pattern)
     every, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 1)
-    return tuple(
-        "full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(layers)
-    )
+    return tuple("full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(layers))
 
 
 def config_to_json(config: TargetConfig, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def params_from_tensors(
     arrays = {path: np.empty(param.shape, np.float32) for path, param in flat.items()}
     for entry in table:
         value = get(entry.name).astype(np.float32)
-        arrays[entry.path][entry.index] = value if entry.layout == "plain" else value.T
+        arrays[entry.path][entry.place] = value if entry.layout == "plain" else value.T
     flat = [(path, param.replace(jnp.asarray(arrays[path]))) for path, param in flat.items()]
     return nnx.from_flat_state(flat)
 
@@ -155,13 +154,15 @@ def tensors_from_params(config: TargetConfig, params: Any) -> dict[str, np.ndarr
     arrays = {path: np.asarray(param[...]) for path, param in nnx.to_flat_state(params)}
     tensors = {}
     for entry in entries(config):
-        value = arrays[entry.path][entry.index]
+        value = arrays[entry.path][entry.place]
         tensors[entry.name] = np.ascontiguousarray(value if entry.layout == "plain" else value.T)
     return tensors
 
 
 def _check(
-    config: TargetConfig, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    config: TargetConfig,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
 ) -> None:
     def beyond(name: str) -> bool:
         parts = name.split(".")

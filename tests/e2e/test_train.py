@@ -1,0 +1,103 @@
+"""The real command on the embedded target: a short run, what it leaves, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [
+    *("--steps", "12", "--conversations", "64", "--answer-tokens", "48", "--serve-prompts", "3"),
+    *("--max-anchors", "16", "--sequence-length", "256"),
+]
+
+
+def train(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dspark_jax.train", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one short run."""
+    output = tmp_path_factory.mktemp("run")
+    done = train("--output", output, *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"checkpoint {output}/checkpoints/step_12" in done.stdout
+    assert "next       python -m dspark_jax.train" in done.stdout
+    return output
+
+
+def test_the_report_has_the_promised_keys_and_a_true_acceptance_length(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert len(report["validation"]["position_accuracy"]) == 8
+    for part in report["served"].values():
+        accepted = sum(part["position_survival"]) * part["rounds"]
+        assert part["acceptance_length"] == pytest.approx(1 + accepted / part["rounds"])
+        assert part["tokens_per_second"] > 0 and part["plain_tokens_per_second"] > 0
+        assert part["speedup"] == pytest.approx(
+            part["tokens_per_second"] / part["plain_tokens_per_second"]
+        )
+        assert all(p["prompt_token_ids"] and p["answer_token_ids"] for p in part["prompts"])
+
+
+def test_greedy_answers_are_those_of_plain_decoding(finished: Path) -> None:
+    greedy = json.loads((finished / "report.json").read_text())["served"]["greedy"]
+    assert greedy["identical_to_plain"] is True
+    assert all(d["near_tie"] for d in greedy["one_token_program_divergences"])
+
+
+def test_everything_a_run_promises_is_in_its_folder(finished: Path) -> None:
+    for name in ("report.md", "loss.png", "acceptance.png", "confidence.png", "config.json"):
+        assert (finished / name).stat().st_size > 100, name
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 10, 12]
+    assert (finished / "checkpoints/step_12/model.safetensors").exists()
+
+
+def test_the_regenerated_data_is_data_a_user_could_pass(finished: Path, tmp_path: Path) -> None:
+    done = train(
+        *("--data", finished / "data/train.jsonl", "--output", tmp_path / "again", *SHORT),
+        *("--warm-start", finished / "checkpoints/step_12", "--markov-head-type", "vanilla"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "drawn afresh: nothing" in done.stdout
+
+
+def test_hidden_states_from_files_train_the_same_draft_as_in_process(
+    finished: Path, tmp_path: Path
+) -> None:
+    import jax.numpy as jnp
+
+    from dspark_jax.targets.target import glm_target
+    from dspark_jax.train.conversations import read_conversations, tokenise_all
+    from dspark_jax.train.files import embedded, load_target
+
+    data = finished / "data/held_out.jsonl"
+    loaded = load_target(embedded("tiny-glm"), (1, 3, 5))
+    target = glm_target(loaded.config)
+    rows = tokenise_all(loaded.tokenizer, read_conversations(data), data)
+    (tmp_path / "states").mkdir()
+    for i, row in enumerate(rows):
+        tokens = jnp.asarray(row.tokens)[None]
+        states = target.forward(
+            loaded.params, tokens, jnp.ones_like(tokens), jnp.arange(tokens.shape[1])[None]
+        )
+        aux = np.asarray(states.aux_hidden)[0].reshape(len(row.tokens), 3, -1)
+        hidden = np.concatenate([aux, np.asarray(states.final_hidden)[0][:, None]], axis=1)
+        save_file(
+            {"token_ids": row.tokens, "hidden_states": hidden},
+            tmp_path / "states" / f"hs_{i}.safetensors",
+        )
+    losses = []
+    for extra in ((), ("--hidden-states", tmp_path / "states")):
+        output = tmp_path / f"run{len(extra)}"
+        done = train("--data", data, "--output", output, *SHORT, *extra)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
