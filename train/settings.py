@@ -52,7 +52,7 @@ class TrainSettings:
     """Folder of hs_{i}.safetensors made from --data; the target runs in process when not given."""
     warm_start: Path | None = None
     """Draft checkpoint to start from; heads that it lacks are drawn afresh."""
-    steps: int = 500
+    steps: int = 400
     sequence_length: int = 512
     batch_rows: int = 4
     max_anchors: int = 96
