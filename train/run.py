@@ -40,7 +40,7 @@ LOG_EVERY = 10
 
 def run(settings: TrainSettings) -> None:
     """Train a draft and prove what it is worth; everything lands in `settings.output`."""
-    console = Console()
+    console = Console(soft_wrap=True)
     check_output(settings.output)
     folder = settings.target or embedded("tiny-glm")
     loaded = load_target(folder, settings.draft.aux_layer_ids)
@@ -234,12 +234,11 @@ def closing(
         )
     same = report["served"]["greedy"]["identical_to_plain"]
     console.print(f"greedy answers identical to plain decoding: {'yes' if same else 'NO'}")
-    console.print(f"checkpoint {checkpoint}", soft_wrap=True)
-    console.print(f"report     {settings.output / 'report.md'}", soft_wrap=True)
+    console.print(f"checkpoint {checkpoint}")
+    console.print(f"report     {settings.output / 'report.md'}")
     console.print(
         f"next       python -m dspark_jax.train --warm-start {checkpoint} --steps 2000 "
         f"--output {settings.output}-longer",
-        soft_wrap=True,
     )
 
 

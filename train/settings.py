@@ -59,7 +59,7 @@ class TrainSettings:
     """Training blocks per packed row."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: matrices by Muon, the rest by AdamW (speculators' split); adamw: all by AdamW."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_share: float = 0.04
     weight_decay: float = 0.01

@@ -191,7 +191,7 @@ def gap_at(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def other_passes(model: Any, ids: torch.Tensor) -> Arrays:
-    """The same tokens with a cache, with every key, with the other epsilon and with left padding."""
+    """The same tokens with a cache, all keys, the other epsilon, and padding on the left."""
     layers = model.model.layers
     arrays = {
         "cached_logits": cached_pass(model, ids),

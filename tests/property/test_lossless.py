@@ -124,7 +124,7 @@ def drafter_of(config: DraftConfig, logits: Array) -> tuple[Drafter, Array]:
     head.markov_w2.kernel[...] = logits
     if head.head_type == "gated":
         head.gate_proj.kernel[...] = jnp.zeros_like(head.gate_proj.kernel[...])
-        head.gate_proj.bias[...] = jnp.full(V, 50.0)
+        head.gate_proj.bias[...] = jnp.full(V, 50.0, jnp.float32)
     elif head.head_type == "rnn":
         kernel = jnp.zeros_like(head.joint_proj.kernel[...])
         head.joint_proj.kernel[...] = kernel.at[V : 2 * V, 2 * V :].set(30 * jnp.eye(V))
@@ -170,7 +170,7 @@ def length_table(name: str, draft_length: int) -> Array:
     """The verify length after every anchor; one past the draft length means all."""
     if name == "by_prefix":
         return jnp.arange(V) % (draft_length + 1)
-    return jnp.full(V, draft_length + 1 if name == "all" else int(name))
+    return jnp.full(V, draft_length + 1 if name == "all" else int(name), jnp.int32)
 
 
 def first_tokens(tokens: Array, count: Array) -> np.ndarray:
@@ -204,7 +204,9 @@ def emit(config: DraftConfig, kind: str, length: str, temperature: Any = 1.0, pl
     lengths = length_table(length, config.draft_length)
     weights = cached_weights(config, kind)
     play = play or player_of(config)
-    return play(weights, keys, lengths, jnp.broadcast_to(jnp.asarray(temperature), BATCH))
+    return play(
+        weights, keys, lengths, jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), BATCH)
+    )
 
 
 @pytest.mark.parametrize("reduced", [False, True], ids=["whole_vocabulary", "part_of_it"])
@@ -258,10 +260,12 @@ def test_at_temperature_zero_tokens_are_the_targets_argmax(head: str, kind: str)
         assert np.all(drawn == expected[2:])
 
 
-def always_accept(proposal: Any, target_logits: Any, target_id: Any, n: Any, *_: Any) -> Verdict:
+def always_accept(
+    proposal: Any, target_logits: Array, target_id: Any, n: Array, temperature: Any, keys: Array
+) -> Verdict:
     """A wrong rule: every admitted draft is kept."""
     last = jnp.take_along_axis(target_logits, n[:, None, None], axis=1)[:, 0]
-    return Verdict(n, jax.random.categorical(jax.random.key(0), last).astype(jnp.int32))
+    return Verdict(n, jax.vmap(jax.random.categorical)(keys, last).astype(jnp.int32))
 
 
 def emit_from_target(*given: Any) -> Any:
@@ -294,7 +298,7 @@ GLM = TargetConfig(
     hidden_size=HIDDEN,
     intermediate_size=12,
     moe_intermediate_size=4,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=2,
     n_routed_experts=4,
     num_experts_per_tok=2,
@@ -308,8 +312,8 @@ GLM = TargetConfig(
     index_head_dim=4,
     index_n_heads=2,
     first_k_dense_replace=1,
-    indexer_types=("full", "shared", "full"),
-    aux_layer_ids=(2,),
+    indexer_types=("full", "shared"),
+    aux_layer_ids=(1,),
 )
 
 
@@ -320,14 +324,14 @@ def test_first_tokens_of_a_glm_are_distributed_as_its_own():
     triples = np.array(list(itertools.product(range(V), repeat=FIRST)))
     rows = jnp.asarray(np.c_[np.tile(PROMPT, (len(triples), 1)), triples])
     position = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
-    states = target.forward(params, rows, jnp.ones_like(rows), position)
+    states = jax.jit(target.forward)(params, rows, jnp.ones_like(rows), position)
     p = jax.nn.softmax(target.unembed(params, states.final_hidden))
     p = jnp.take_along_axis(p[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
     expected = np.asarray(p[:, -FIRST:], float).prod(axis=1).reshape((V,) * FIRST)
     assert abs(expected.sum() - 1) < 1e-5 and expected.max() < 0.5
     play = player(target, dspark_draft(config))
-    keys = jax.random.split(jax.random.key(3), BATCH)
+    keys = jax.random.split(jax.random.key(3), BATCH // 2)
     for length in ("2", "by_prefix"):
         lengths = length_table(length, config.draft_length)
-        drawn = first_tokens(*play(weights, keys, lengths, jnp.ones(BATCH)))
+        drawn = first_tokens(*play(weights, keys, lengths, jnp.ones(len(keys))))
         assert p_value(drawn, expected) > FALSE_ALARM

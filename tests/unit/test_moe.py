@@ -1,0 +1,118 @@
+"""The dense formulation of the experts is the mixture a loop over tokens computes."""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dspark_jax.config import TargetConfig
+from dspark_jax.targets.moe import Moe
+
+CONFIG = TargetConfig(
+    vocab_size=11,
+    hidden_size=10,
+    intermediate_size=8,
+    moe_intermediate_size=4,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    n_routed_experts=7,
+    num_experts_per_tok=3,
+    n_shared_experts=2,
+    q_lora_rank=7,
+    kv_lora_rank=6,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    index_topk=3,
+    index_head_dim=6,
+    index_n_heads=3,
+    first_k_dense_replace=0,
+    indexer_types=("full",),
+    routed_scaling_factor=1.8,
+)
+X = jax.random.normal(jax.random.key(5), (2, 6, CONFIG.hidden_size))
+
+
+@lru_cache
+def moe() -> Moe:
+    """A mixture whose weights and router bias are drawn wide, so that both show."""
+    graphdef, params = nnx.split(Moe(CONFIG, rngs=nnx.Rngs(0)))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    wide = [0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, wide))
+
+
+def wide(param: Any) -> np.ndarray:
+    return np.asarray(param[...], float)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    g = x @ gate
+    return (g * sigmoid(g) * (x @ up)) @ down
+
+
+def routed(x: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """(chosen experts, their weights) of one token."""
+    score = sigmoid(x @ wide(moe().gate.kernel))
+    ranked = np.argsort(-(score + wide(moe().gate.e_score_correction_bias)), kind="stable")
+    chosen = ranked[: CONFIG.num_experts_per_tok]
+    return list(chosen), CONFIG.routed_scaling_factor * score[chosen] / score[chosen].sum()
+
+
+def token_by_token() -> np.ndarray:
+    experts, shared = moe().experts, moe().shared_experts
+    gate, up, down = (wide(p) for p in (experts.gate_proj, experts.up_proj, experts.down_proj))
+    always = [wide(p.kernel) for p in (shared.gate_proj, shared.up_proj, shared.down_proj)]
+    out = np.zeros(X.shape)
+    for place in np.ndindex(X.shape[:2]):
+        x = np.asarray(X[place], float)
+        out[place] = swiglu(x, *always)
+        for e, weight in zip(*routed(x), strict=True):
+            out[place] += weight * swiglu(x, gate[:, e], up[:, e], down[e])
+    return out
+
+
+def test_the_dense_formulation_equals_a_loop_over_tokens():
+    expected = token_by_token()
+    np.testing.assert_allclose(moe()(X)[0], expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_weights_are_those_of_the_chosen_experts_and_zero_elsewhere():
+    _, routing = moe()(X)
+    for place in np.ndindex(X.shape[:2]):
+        chosen, weight = routed(np.asarray(X[place], float))
+        expected = np.zeros(CONFIG.n_routed_experts)
+        expected[chosen] = weight
+        np.testing.assert_allclose(routing.weight[place], expected, rtol=1e-4, atol=1e-6)
+        assert set(routing.expert[place].tolist()) == set(chosen)
+
+
+def test_the_bias_chooses_but_does_not_weigh():
+    gate = nnx.clone(moe().gate)
+    before = gate(X)
+    gate.e_score_correction_bias[...] += 100 * (jnp.arange(CONFIG.n_routed_experts) == 2)
+    after = gate(X)
+    assert jnp.all(jnp.any(after.expert == 2, axis=-1))
+    assert np.array_equal(before.logits, after.logits)
+    total = after.weight.sum(-1)
+    np.testing.assert_allclose(total, CONFIG.routed_scaling_factor, rtol=1e-5)
+
+
+def test_a_token_does_not_see_its_neighbours():
+    alone = moe()(X[:, 3:4])[0]
+    np.testing.assert_allclose(alone, moe()(X)[0][:, 3:4], rtol=1e-5, atol=1e-6)
+
+
+def test_the_router_works_in_float32_whatever_comes_in():
+    narrow = X.astype(jnp.bfloat16)
+    out, routing = moe()(narrow)
+    assert out.dtype == jnp.bfloat16 and routing.logits.dtype == jnp.float32
+    assert np.array_equal(routing.logits, moe().gate(narrow.astype(jnp.float32)).logits)
