@@ -130,7 +130,9 @@ def warm_params(
     folder: Path, config: DraftConfig, target: TargetConfig, seed: int
 ) -> tuple[Any, tuple[str, ...]]:
     """Parameters to continue from, and the heads that had to be drawn afresh."""
-    check_fit(folder, config, target)
+    layer = read_json(folder / "config.json", "draft").get("transformer_layer_config", {})
+    for name in ("hidden_size", "vocab_size"):
+        _check_size(folder, name, layer.get(name, getattr(target, name)), getattr(target, name))
     drafter, drawn = warm_start(config, read_tensors(folder), nnx.Rngs(seed))
     return nnx.state(drafter, nnx.Param), drawn
 
@@ -138,17 +140,20 @@ def warm_params(
 def check_fit(folder: Path, draft: DraftConfig, target: TargetConfig) -> None:
     """Raise ValueError when a draft was not made for a target of this shape."""
     for name in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(draft, name), getattr(target, name)
-        if ours != theirs:
-            raise ValueError(
-                f"drafter {name} {ours} does not match target {name} {theirs} "
-                f"(config.json of {folder}); use the drafter trained for this target."
-            )
+        _check_size(folder, name, getattr(draft, name), getattr(target, name))
     if max(draft.aux_layer_ids) > target.num_hidden_layers:
         raise ValueError(
             f"drafter aux layers {list(draft.aux_layer_ids)} exceed the target's "
             f"{target.num_hidden_layers} layers (config.json of {folder}); "
             "use the drafter trained for this target."
+        )
+
+
+def _check_size(folder: Path, name: str, ours: int, theirs: int) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"drafter {name} {ours} does not match target {name} {theirs} "
+            f"(config.json of {folder}); use the drafter trained for this target."
         )
 
 
