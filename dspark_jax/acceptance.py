@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dspark_jax.sampling import largest
 from dspark_jax.types import Proposal, Verdict
 
 ACCEPT_SALT, EMIT_SALT = 1, 2
@@ -30,11 +31,11 @@ def accept(
     `target_logits[:, i]` is the target's prediction of draft i's position; rows past
     `verify_length` are not read. `keys` must be fresh every round and not be the draft's.
     """
-    greedy = temperature == 0
+    greedy, best = temperature == 0, largest(target_logits)
     scale = jnp.where(greedy, 1.0, temperature)[:, None]
     kept = jnp.where(
         greedy[:, None],
-        proposal.tokens == jnp.argmax(target_logits[:, :-1], axis=-1),
+        proposal.tokens == best[:, :-1],
         jax.lax.cond(
             jnp.all(greedy),
             lambda: jnp.zeros(proposal.tokens.shape, bool),
@@ -47,7 +48,7 @@ def accept(
     logits = _at(target_logits, accepted)
     bonus = jnp.where(
         greedy,
-        jnp.argmax(logits, axis=-1),
+        jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0],
         jax.lax.cond(
             jnp.all(greedy),
             lambda: jnp.zeros_like(accepted),

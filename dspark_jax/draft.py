@@ -1,11 +1,11 @@
 """A DSpark draft as the loop and the trainer see it: pure functions over its parameters."""
 
+from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax import drafter
+from dspark_jax import draft_decoder
 from dspark_jax.config import DraftConfig
 from dspark_jax.drafter import Drafter
 from dspark_jax.types import Draft
@@ -29,15 +29,10 @@ def init_draft_params(config: DraftConfig, seed: int) -> Any:
 def dspark_draft(config: DraftConfig) -> Draft:
     """The functions of a DSpark draft; with markov_rank 0 it is a DFlash draft."""
     graphdef = draft_graphdef(config)
-
-    def model(params: Any) -> Drafter:
-        return nnx.merge(graphdef, params, copy=True)
-
     return Draft(
         draft_length=config.draft_length,
-        init_cache=lambda batch, capacity, dtype=jnp.float32: drafter.init_draft_cache(
-            config, batch, capacity, dtype
-        ),
-        extend_context=lambda params, *rows: drafter.extend_context(model(params), *rows),
-        draft_block=lambda params, *rows: drafter.draft_block(model(params), *rows),
+        prepare=lambda params: draft_decoder.prepare(nnx.merge(graphdef, params, copy=True)),
+        init_cache=partial(draft_decoder.init_draft_cache, config),
+        extend_context=partial(draft_decoder.extend_context, config),
+        draft_block=partial(draft_decoder.draft_block, config),
     )

@@ -5,25 +5,30 @@ the target, strictly before the anchor) and to one another, in one pass over all
 Markov head of `heads.py` is sequential. Attribute names are those of the published checkpoint.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft_layer import DecoderLayer, before_anchor, block_mask, within
 from dspark_jax.heads import ConfidenceHead, MarkovHead
 from dspark_jax.layers import Linear, RMSNorm, rope_angles
 from dspark_jax.stack import Group, build_layers, members, plan_groups, run_layers
-from dspark_jax.types import Batch, Blocks, BlockScores, DraftCache, Frozen, Proposal
+from dspark_jax.types import Batch, Blocks, BlockScores, Frozen
 
 NO_WINDOW = 2**30
 """A window no context outgrows, so that full and sliding layers run the same code."""
+
+
+class ContextKV(NamedTuple):
+    """Per layer, keys and values of the fused states of a packed row."""
+
+    k: tuple[Float[Array, "B T Hk d"], ...]
+    v: tuple[Float[Array, "B T Hk d"], ...]
 
 
 class Drafter(nnx.Module):
@@ -50,7 +55,7 @@ class Drafter(nnx.Module):
         kernel_type = self.fc.kernel[...].dtype
         return self.hidden_norm(self.fc(aux_hidden.astype(kernel_type)))
 
-    def context_kv(self, context: Float[Array, "B T D"], position: Int[Array, "B T"]) -> DraftCache:
+    def context_kv(self, context: Float[Array, "B T D"], position: Int[Array, "B T"]) -> ContextKV:
         """Every layer's keys (normed, rotated to their position) and values of fused states.
 
         The context is not normed again: `input_layernorm` belongs to the block's slots only.
@@ -63,7 +68,7 @@ class Drafter(nnx.Module):
         nothing = per_group(self.groups, (None,) * self.config.num_hidden_layers)
         _, outputs = run_layers(self.groups, self.layers, None, nothing, project)
         keys, values = zip(*per_layer(self.groups, outputs), strict=True)
-        return DraftCache(keys, values)
+        return ContextKV(keys, values)
 
     def angles(self, position: Int[Array, "*rows"]) -> Float[Array, "*rows half"]:
         return rope_angles(position, self.config.head_dim, self.config.rope_theta)
@@ -79,13 +84,13 @@ class BlockStates(NamedTuple):
 def run_blocks(
     drafter: Drafter,
     frozen: Frozen,
-    context: DraftCache,
+    context: ContextKV,
     seen: Bool[Array, "B N C"],
     row: Int[Array, "B N"],
     anchor: Int[Array, "B N"],
     position: Int[Array, "B N"],
 ) -> BlockStates:
-    """The parallel pass over N blocks of every sequence, in training and in decoding.
+    """The parallel pass over N blocks of every row.
 
     Args:
         seen: Context rows a block may attend to; sliding layers narrow it to the `sliding_window`
@@ -169,138 +174,6 @@ def score_blocks(
     if drafter.confidence_head is not None:
         confidence = drafter.confidence_head(hidden, embedding)
     return BlockScores(hidden, logits, confidence)
-
-
-def run_block(
-    drafter: Drafter,
-    frozen: Frozen,
-    cache: DraftCache,
-    length: Int[Array, "B"],
-    anchor: Int[Array, "B"],
-) -> tuple[Float[Array, "B K D"], Float[Array, "B G Vd"]]:
-    """One block per sequence at positions `length`...: (hidden, base logits of predicting slots).
-
-    Cache rows at or past `length` are stale and are not read.
-    """
-    length = length[:, None]
-    seen = jnp.arange(cache.k[0].shape[1]) < length[:, :, None]
-    states = run_blocks(drafter, frozen, cache, seen, length, anchor[:, None], length)
-    hidden = states.hidden[:, 0]
-    return hidden, base_logits(frozen, hidden[:, -drafter.config.draft_length :])
-
-
-def draft_block(
-    drafter: Drafter,
-    frozen: Frozen,
-    cache: DraftCache,
-    length: Int[Array, "B"],
-    anchor: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    temperature: Float[Array, "B"],
-) -> Proposal:
-    """Draft G tokens per sequence: one parallel pass, then position by position (paper §3.1).
-
-    A sequence's noise comes from its own key folded with its `length`, which grows every round:
-    the same key can be passed each time, other rows never matter, and no noise is used twice. The
-    verifier must draw from other keys. `logits` are corrected, before temperature.
-    """
-    hidden, logits = run_block(drafter, frozen, cache, length, anchor)
-    noise = jax.lax.cond(
-        jnp.any(temperature > 0),
-        lambda: sampling_noise(keys, length, logits.shape[1:]),
-        lambda: jnp.zeros_like(logits),
-    )
-    head, state, predicting = drafter.markov_head, None, hidden[:, -logits.shape[1] :]
-    if head is not None:
-        state = head.start(hidden[:, 0])
-        if not drafter.config.sample_from_anchor:  # training runs the state over slot 0 too
-            state, _, _ = head.step(state, anchor, hidden[:, 0])
-
-    def position(carry: Any, slot: Any) -> tuple[Any, Any]:
-        (state, prev), (hidden, logits, noise), embedding = carry, slot, None
-        if head is not None:
-            state, bias, embedding = head.step(state, prev, hidden)
-            logits += bias
-        token = frozen.target_id[choose(logits, noise, temperature)].astype(prev.dtype)
-        return (state, token), (token, logits, embedding)
-
-    slots = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (predicting, logits, noise))
-    _, drafted = jax.lax.scan(position, (state, anchor), slots)
-    tokens, logits, embedding = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
-    return Proposal(tokens, logits, confidences(drafter, predicting, embedding))
-
-
-def confidences(
-    drafter: Drafter, hidden: Float[Array, "B G D"], embedding: Float[Array, "B G r"] | None
-) -> Float[Array, "B G"]:
-    """Predicted acceptance probability per slot; 1 everywhere when the draft has no such head."""
-    if drafter.confidence_head is None:
-        return jnp.ones(hidden.shape[:2])
-    return jax.nn.sigmoid(drafter.confidence_head(hidden, embedding))
-
-
-def sampling_noise(
-    keys: Key[Array, "B"], length: Int[Array, "B"], shape: tuple[int, ...]
-) -> Float[Array, "B G Vd"]:
-    """Gumbel noise of each sequence's round: a function of its key and length alone.
-
-    The two words of the round's key come from threefry; each entry then mixes them with its own
-    number by a 32-bit integer hash (the finaliser that vLLM's sampler uses too), twenty times
-    cheaper than threefry over the whole vocabulary. Only the draft draws this way.
-    """
-    rounds = jax.vmap(jax.random.fold_in)(keys, length)
-    words = jax.random.key_data(rounds).astype(jnp.uint32)[:, -2:, None, None]
-    number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + words[:, 0]) ^ words[:, 1]))
-
-
-def gumbel(bits: UInt32[Array, "*any"]) -> Float[Array, "*any"]:
-    """Gumbel noise from random bits, always finite.
-
-    23 bits and a half are exact in float32; with 24 the largest would round to 1, whose noise is
-    infinite and would pick its token whatever the logits say.
-    """
-    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-    return -jnp.log(-jnp.log(uniform))
-
-
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """murmur3's finaliser: every input bit reaches every output bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def choose(
-    logits: Float[Array, "B Vd"], noise: Float[Array, "B Vd"], temperature: Float[Array, "B"]
-) -> Int[Array, "B"]:
-    """A draw from softmax(logits / temperature) by the Gumbel-max rule; the argmax at 0."""
-    return jnp.argmax(logits + temperature[:, None] * noise, axis=-1)
-
-
-def init_draft_cache(
-    config: DraftConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32
-) -> DraftCache:
-    """An empty cache of `capacity` context rows per sequence."""
-    shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    return DraftCache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in "kv"))
-
-
-def extend_context(
-    drafter: Drafter,
-    cache: DraftCache,
-    aux_hidden: Float[Array, "B S AD"],
-    position: Int[Array, "B S"],
-) -> DraftCache:
-    """Write the keys and values of fused target states at `position`; those >= C are padding."""
-    new = drafter.context_kv(drafter.fuse(aux_hidden), position)
-    sequence = jnp.arange(position.shape[0])[:, None]
-
-    def write(old: Float[Array, "B C Hk d"], value: Float[Array, "B S Hk d"]) -> Any:
-        return old.at[sequence, position].set(value.astype(old.dtype), mode="drop")
-
-    return jax.tree.map(write, cache, new)
 
 
 def per_group(groups: Sequence[Group], values: Sequence[Any]) -> list[list[Any]]:

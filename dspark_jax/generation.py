@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dspark_jax.loop import Emitted, Request, Weights, cache_capacity, decode_step
+from dspark_jax.sampling import largest
 from dspark_jax.types import DecodeState, Draft, Rows, Target
 
 
@@ -77,10 +78,10 @@ def plain_state(
 
 
 def plain_prefill(
-    target: Target, params: Any, state: DecodeState, rows: Rows, anchor: Int[Array, "B"]
+    target: Target, prepared: Any, state: DecodeState, rows: Rows, anchor: Int[Array, "B"]
 ) -> DecodeState:
     """As `loop.prefill`, without a draft."""
-    cache, _ = target.extend(params, state.target_cache, rows)
+    cache, _ = target.extend(prepared, state.target_cache, rows)
     real = rows.position < cache_capacity(cache)
     length = state.length + jnp.sum(real, axis=1, dtype=state.length.dtype)
     return state._replace(anchor=anchor, length=length, target_cache=cache)
@@ -88,7 +89,7 @@ def plain_prefill(
 
 def plain_generate(
     target: Target,
-    params: Any,
+    prepared: Any,
     state: DecodeState,
     request: Request,
     limit: int,
@@ -110,8 +111,8 @@ def plain_generate(
         state, done = carry
         position = jnp.where(state.active, state.length, cache_capacity(state.target_cache))
         rows = Rows(state.anchor[:, None], position[:, None])
-        cache, states = target.extend(params, state.target_cache, rows)
-        logits = target.unembed(params, states.final_hidden)[:, 0]
+        cache, states = target.extend(prepared, state.target_cache, rows)
+        logits = target.logits(prepared, states.final_hidden)[:, 0]
         token = sample(logits, request.temperature, state.keys, state.length)
         emitted = Emitted(token[:, None], state.active.astype(jnp.int32))
         state = state._replace(anchor=token, length=state.length + state.active, target_cache=cache)
@@ -136,7 +137,7 @@ def sample(
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
         return jax.vmap(jax.random.categorical)(fresh, scaled)
 
-    best = jnp.argmax(logits, axis=-1)
+    best = largest(logits)
     drawn = jax.lax.cond(jnp.all(temperature == 0), lambda: best, draw)
     return jnp.where(temperature == 0, best, drawn).astype(jnp.int32)
 

@@ -41,9 +41,16 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...].astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+def rms_norm(
+    x: Float[Array, "*rows n"], weight: Float[Array, "n"], eps: float
+) -> Float[Array, "*rows n"]:
+    """What `RMSNorm` computes, for weights that live outside a module."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -55,11 +62,18 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows n"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.eps)
-        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.weight[...], self.bias[...], self.eps)
+
+
+def layer_norm(
+    x: Float[Array, "*rows n"], weight: Float[Array, "n"], bias: Float[Array, "n"], eps: float
+) -> Float[Array, "*rows n"]:
+    """What `LayerNorm` computes, for weights that live outside a module."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + eps)
+    return (normed * weight + bias).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -17,11 +17,18 @@ DRAFT_SALT, VERIFY_SALT = 11, 12
 
 
 class Weights(NamedTuple):
-    """The arrays a decode step reads and never changes."""
+    """The arrays a decode step reads and never changes; `prepare_weights` makes them."""
 
     target: Any
     draft: Any
     frozen: Frozen
+
+
+def prepare_weights(
+    target: Target, draft: Draft, params: Any, draft_params: Any, frozen: Frozen
+) -> Weights:
+    """Both models laid out for decoding; once per load, never inside a round."""
+    return Weights(target.prepare(params), draft.prepare(draft_params), frozen)
 
 
 class Request(NamedTuple):
@@ -101,7 +108,7 @@ def decode_step(
         verify_length = jnp.clip(request.verify_length, 0, draft.draft_length)
         rows = verify_rows(state, proposal, verify_length)
         target_cache, states = target.extend(weights.target, state.target_cache, rows)
-        logits = target.unembed(weights.target, states.final_hidden)
+        logits = target.logits(weights.target, states.final_hidden)
     with jax.named_scope("accept"):
         verdict = accept(
             proposal,

@@ -106,3 +106,29 @@ def run_layers(
         carry, output = jax.lax.scan(repeat, carry, (params, tuple(given)))
         outputs.append(output)
     return carry, outputs
+
+
+def run_weights(
+    groups: Sequence[Group],
+    layers: Sequence[Sequence[Any]],
+    carry: Any,
+    inputs: Sequence[Sequence[Any]],
+    step: Callable[..., tuple[Any, Any]],
+) -> tuple[Any, list[tuple[Any, ...]]]:
+    """`run_layers` for layers that are plain tuples of arrays, stacked where a group repeats."""
+    outputs = []
+    for group, unit, given in zip(groups, layers, inputs, strict=True):
+
+        def once(carry: Any, scanned: Any) -> tuple[Any, Any]:
+            collected = []
+            for layer, value in zip(*scanned, strict=True):
+                carry, output = step(layer, carry, value)
+                collected.append(output)
+            return carry, tuple(collected)
+
+        scanned = (tuple(unit), tuple(given))
+        carry, output = (
+            once(carry, scanned) if group.repeats == 1 else jax.lax.scan(once, carry, scanned)
+        )
+        outputs.append(output)
+    return carry, outputs

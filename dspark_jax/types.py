@@ -73,8 +73,8 @@ class BlockScores(NamedTuple):
 class DraftCache(NamedTuple):
     """Per draft layer, keys and values of the fused target states; never of draft tokens."""
 
-    k: tuple[Float[Array, "B C Hk d"], ...]
-    v: tuple[Float[Array, "B C Hk d"], ...]
+    k: tuple[Float[Array, "B Hk C d"], ...]
+    v: tuple[Float[Array, "B Hk C d"], ...]
 
 
 class Proposal(NamedTuple):
@@ -95,35 +95,41 @@ class Verdict(NamedTuple):
 class Target(NamedTuple):
     """What drafting, verifying and training need of a model; every function is jit-able.
 
+    Over the model's parameters:
     `forward(params, tokens, segment, position) -> TargetStates`: whole packed rows, no cache.
-    `init_cache(batch, capacity, dtype) -> cache`.
-    `extend(params, cache, rows) -> (cache, TargetStates)`: rows after their caches.
+    `trace(params, tokens, segment, position) -> (TargetStates, choices)`: the same with what every
+    layer chose, to explain a divergence.
     `unembed(params, hidden) -> logits`: final norm and head, float32.
     `frozen(params, target_id) -> Frozen`: the tables a draft shares.
-    `trace(params, tokens, segment, position) -> (TargetStates, choices)` and
-    `trace_extend(params, cache, rows) -> (cache, TargetStates, choices)`: the same with what every
-    layer chose, to explain a divergence.
+
+    Over `prepare(params)`, the weights laid out for decoding, made once:
+    `init_cache(batch, capacity, dtype) -> cache`.
+    `extend(prepared, cache, rows) -> (cache, TargetStates)`: rows after their caches.
+    `logits(prepared, hidden) -> logits`: as `unembed`.
     """
 
     config: Any
     forward: Callable[..., TargetStates]
-    init_cache: Callable[..., Any]
-    extend: Callable[..., tuple[Any, TargetStates]]
+    trace: Callable[..., Any]
     unembed: Callable[..., Any]
     frozen: Callable[..., Frozen]
-    trace: Callable[..., Any]
-    trace_extend: Callable[..., Any]
+    prepare: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    extend: Callable[..., tuple[Any, TargetStates]]
+    logits: Callable[..., Any]
 
 
 class Draft(NamedTuple):
     """What the decode loop needs of a draft; every function is jit-able.
 
+    `prepare(params) -> prepared`: the weights laid out for decoding, made once.
     `init_cache(batch, capacity, dtype) -> cache`.
-    `extend_context(params, cache, aux_hidden, position) -> cache`.
-    `draft_block(params, frozen, cache, length, anchor, keys, temperature) -> Proposal`.
+    `extend_context(prepared, cache, aux_hidden, position) -> cache`.
+    `draft_block(prepared, frozen, cache, length, anchor, keys, temperature) -> Proposal`.
     """
 
     draft_length: int
+    prepare: Callable[..., Any]
     init_cache: Callable[..., Any]
     extend_context: Callable[..., Any]
     draft_block: Callable[..., Proposal]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from dspark_jax.train.conversations import (
     write_conversations,
 )
 from dspark_jax.train.files import LoadedTarget, target_fingerprint
-from dspark_jax.train.prompts import answer, library_prompts
+from dspark_jax.train.prompts import answer, fitting, library_prompts
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.types import Target
 
@@ -86,9 +87,11 @@ def regenerate(
     if stamp.exists() and json.loads(stamp.read_text()) == recipe:
         return read_conversations(files[0]), read_conversations(files[1])
     prompts = library_prompts(settings.seed)
+    kept = max(ANSWER_BATCH, settings.conversations // 8)
+    fit = partial(fitting, loaded.tokenizer, longest_prompt=settings.prompt_tokens)
     wanted = {
-        files[0]: prompts.train[: settings.conversations],
-        files[1]: prompts.held_out[: max(ANSWER_BATCH, settings.conversations // 8)],
+        files[0]: fit(prompts.train, wanted=settings.conversations),
+        files[1]: fit(prompts.held_out, wanted=kept),
     }
     total, done = sum(map(len, wanted.values())), 0
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
     Raises ValueError when the folder is no target, or its tokenizer knows more tokens than the
     target's embedding has rows.
     """
+    # Only the tokenizer is used; without this, transformers warns that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     described = read_json(folder / "config.json", "target")

@@ -29,6 +29,7 @@ from dspark_jax.config import TargetConfig
 from dspark_jax.targets.glm import Choices
 from dspark_jax.targets.target import glm_target, init_params
 from dspark_jax.train import python_corpus
+from dspark_jax.train.files import load_target
 from dspark_jax.train.tiny_glm import (
     ASSISTANT,
     END,
@@ -53,11 +54,15 @@ class Pretraining:
     """How long to train; the learning rate decays to zero over this time."""
     corpus: tuple[Path, ...] = ()
     """Folders of Python source beside the standard library; the installed packages by default."""
-    package_megabytes: int = 12
+    package_megabytes: int = 8
     """At most this much text from any one package."""
+    start: Path | None = None
+    """Target folder to go on from, weights and tokenizer; from scratch when not given."""
+    whole_files: bool = True
+    """Learn from whole files beside functions as conversations; false: from functions alone."""
     sequence_length: int = 256
-    batch_rows: int = 32
-    learning_rate: float = 0.006
+    batch_rows: int = 16
+    learning_rate: float = 0.0045
     """Of Muon; AdamW's is half of it."""
     dense_share: float = 0.15
     """Share of the time with dense attention before sparse selection is switched on."""
@@ -119,8 +124,11 @@ def build_corpus(settings: Pretraining, rng: np.random.Generator) -> tuple[Token
         used += len(source.text)
         if used > TOKENIZER_BYTES:
             break
-    tokenizer = train_tokenizer(texts, TINY_GLM.vocab_size)
-    documents = [s.text for s in learn] + conversations(learn)
+    if settings.start is None:
+        tokenizer = train_tokenizer(texts, TINY_GLM.vocab_size)
+    else:
+        tokenizer = Tokenizer.from_file(str(settings.start / "tokenizer.json"))
+    documents = conversations(learn) + [s.text for s in learn] * settings.whole_files
     rng.shuffle(documents)
     return tokenizer, Corpus(
         encode(tokenizer, documents),
@@ -251,6 +259,13 @@ def make_step(target: Target, optimizer: optax.GradientTransformation, dtype: An
     return step
 
 
+def starting_params(settings: Pretraining) -> Any:
+    """Fresh weights, or those of `--start`."""
+    if settings.start is None:
+        return init_params(TINY_GLM, settings.seed)
+    return load_target(settings.start, ()).params
+
+
 def evaluate(loss: Any, params: Any, stream: np.ndarray, settings: Pretraining, end: int) -> float:
     """Mean held-out cross-entropy (nats per token) over up to 128 evenly spaced rows."""
     length, size = settings.sequence_length, settings.batch_rows
@@ -274,7 +289,7 @@ def run(settings: Pretraining) -> None:
         f"corpus {len(corpus.train):,} tokens, held out {len(corpus.held_out_code):,}", flush=True
     )
     dense = dataclasses.replace(TINY_GLM, index_topk=settings.sequence_length)
-    params = init_params(TINY_GLM, settings.seed)
+    params = starting_params(settings)
     optimizer = make_optimizer(settings, params)
     opt_state = jax.jit(optimizer.init)(params)
     dtype = jnp.dtype(settings.compute_dtype)

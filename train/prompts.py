@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,15 @@ def library_prompts(seed: int) -> Prompts:
     return prompts
 
 
+def fitting(tokenizer: Any, texts: Sequence[str], longest_prompt: int, wanted: int) -> list[str]:
+    """The first `wanted` texts whose prompt has at most `longest_prompt` tokens; all if fewer."""
+
+    def fits(text: str) -> bool:
+        return len(prompt_tokens(tokenizer, [{"role": "user", "content": text}])) <= longest_prompt
+
+    return list(islice(filter(fits, texts), wanted))
+
+
 def answer(
     target: Target,
     params: Any,
@@ -47,20 +57,19 @@ def answer(
 ) -> list[Messages]:
     """Conversations of the given prompts with the target's own answers at temperature 1.
 
-    Prompts longer than `longest_prompt` tokens are passed over. `progress(n)` hears of every n
-    answers.
+    No prompt may have more than `longest_prompt` tokens; `progress(n)` hears of every n answers.
     """
     asked = [[{"role": "user", "content": text}] for text in texts]
-    prompts = [(m, prompt_tokens(tokenizer, m)) for m in asked]
-    prompts = [(m, tokens) for m, tokens in prompts if len(tokens) <= longest_prompt]
+    prompts = [(messages, prompt_tokens(tokenizer, messages)) for messages in asked]
     run = jax.jit(partial(_answer_batch, target, longest_prompt, max_tokens))
+    prepared = jax.jit(target.prepare)(params)
     end = jnp.array([tokenizer.eos_token_id])
     conversations: list[Messages] = []
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]
         padded = [tokens for _, tokens in group] + [group[-1][1]] * (batch - len(group))
         keys = jax.random.split(jax.random.key(seed + first), batch)
-        made = run(params, *pad_prompts(padded, longest_prompt), keys, end)
+        made = run(prepared, *pad_prompts(padded, longest_prompt), keys, end)
         tokens, count = np.asarray(made.tokens), np.asarray(made.length)
         for i, (messages, _) in enumerate(group):
             ids = [t for t in tokens[i, : count[i]] if t != tokenizer.eos_token_id]
@@ -89,7 +98,7 @@ def _answer_batch(
     target: Target,
     longest_prompt: int,
     max_tokens: int,
-    params: Any,
+    prepared: Any,
     tokens: Any,
     count: Any,
     keys: Any,
@@ -97,10 +106,10 @@ def _answer_batch(
 ) -> Generation:
     batch, capacity = tokens.shape[0], longest_prompt + max_tokens
     state = plain_state(target, keys, capacity)
-    state = plain_prefill(target, params, state, *prompt_rows(tokens, count, capacity))
+    state = plain_prefill(target, prepared, state, *prompt_rows(tokens, count, capacity))
     request = Request(
         verify_length=jnp.zeros(batch, jnp.int32),
         temperature=jnp.ones(batch),
         max_tokens=jnp.full(batch, max_tokens),
     )
-    return plain_generate(target, params, state, request, max_tokens, end)[1]
+    return plain_generate(target, prepared, state, request, max_tokens, end)[1]

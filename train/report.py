@@ -66,12 +66,25 @@ def markdown(report: dict[str, Any]) -> str:
         )
         + ".",
         "",
+        *_elsewhere(greedy),
         "Looping answers repeat one short piece at their end; repetition flatters a draft.",
         "",
         "![loss](loss.png) ![acceptance](acceptance.png) ![confidence](confidence.png)",
         "",
     ]
     return "\n".join(lines)
+
+
+def _elsewhere(greedy: dict[str, Any]) -> list[str]:
+    """transformers beside us, where it was measured."""
+    found = greedy.get("transformers")
+    if found is None:
+        return []
+    return [
+        f"`generate` of transformers {found['transformers']} (torch {found['torch']}) on the same "
+        f"files, plain greedy: {found['tokens_per_second']:.0f} tokens/s.",
+        "",
+    ]
 
 
 def _served_row(name: str, part: dict[str, Any]) -> str:

@@ -13,12 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from dspark_jax.config import DraftConfig
-from dspark_jax.draft import dspark_draft, init_draft_params
-from dspark_jax.loop import Weights
+from dspark_jax.draft import init_draft_params
 from dspark_jax.targets.target import glm_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.data import Data, check_output, frequent_ids, load_data
-from dspark_jax.train.divergence import margin_at
 from dspark_jax.train.files import (
     LoadedTarget,
     embedded,
@@ -29,10 +27,10 @@ from dspark_jax.train.files import (
 )
 from dspark_jax.train.packing import pack
 from dspark_jax.train.progress import Bar
+from dspark_jax.train.proof import prove
 from dspark_jax.train.report import write_report
-from dspark_jax.train.served import Programs, make_programs, measure
 from dspark_jax.train.settings import TrainSettings, draft_config
-from dspark_jax.train.trainer import TrainState, make_optimizer, make_scorer, make_step, validate
+from dspark_jax.train.trainer import TrainState, make_optimizer, make_scorer, make_step
 from dspark_jax.types import Frozen, Target
 
 LOG_EVERY = 10
@@ -69,9 +67,7 @@ def run(settings: TrainSettings) -> None:
     params, curve = train(settings, config, target, loaded, frozen, params, data, console)
     checkpoint = settings.output / "checkpoints" / f"step_{settings.steps}"
     save_draft(checkpoint, config, params, loaded, target_id)
-    report = prove(
-        settings, config, target, Weights(loaded.params, params, frozen), loaded, data, console
-    )
+    report = prove(settings, config, target, loaded, frozen, params, data, console)
     reliability = report.pop("reliability")
     report |= {"target": str(folder.name), "checkpoint": str(checkpoint), "steps": settings.steps}
     write_report(settings.output, report, curve, reliability)
@@ -91,6 +87,10 @@ def check_settings(settings: TrainSettings, config: DraftConfig) -> None:
         raise ValueError(
             f"sequence_length {settings.sequence_length} leaves no room for a block of "
             f"{config.block_size}; use a longer one."
+        )
+    if not settings.loss_weights:
+        raise ValueError(
+            "loss_ce, loss_tv and loss_kl_div are all 0, so nothing is learnt; weigh one of them."
         )
     if settings.steps < 1:
         raise ValueError(f"steps {settings.steps} trains nothing; use at least 1.")
@@ -159,69 +159,6 @@ def train(
     return state.params, curve
 
 
-def prove(
-    settings: TrainSettings,
-    config: DraftConfig,
-    target: Target,
-    weights: Weights,
-    loaded: LoadedTarget,
-    data: Data,
-    console: Console,
-) -> dict[str, Any]:
-    """Validation, then real decoding of held-out prompts, greedy and at temperature 1."""
-    source = hidden_states.in_process(target)
-    score = make_scorer(target, config, source, settings.max_anchors)
-    batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
-    arrays = (weights.draft, weights.target, weights.frozen)
-    validation = validate(score, config, settings, arrays, batches, source)
-    programs = make_programs(
-        target,
-        dspark_draft(config),
-        weights,
-        settings.prompt_tokens,
-        settings.answer_tokens,
-        loaded.tokenizer.eos_token_id,
-        settings.seed,
-    )
-    served = serve(programs, config, data, console)
-    for found in served["greedy"]["one_token_program_divergences"]:
-        prompt = served["greedy"]["prompts"][found["prompt"]]
-        margin = margin_at(
-            target,
-            weights.target,
-            np.array(prompt["prompt_token_ids"], np.int32),
-            prompt["answer_token_ids"],
-            found["position"],
-        )
-        found |= {"margin": margin.value, "kind": margin.kind, "near_tie": margin.value < 1e-4}
-    return {
-        "validation": validation.table,
-        "served": served,
-        "reliability": validation.reliability,
-    }
-
-
-def serve(programs: Programs, config: DraftConfig, data: Data, console: Console) -> dict[str, Any]:
-    """Both parts of the proof."""
-    if not data.prompts:
-        raise ValueError(
-            "no held-out conversation has a user turn short enough to serve; "
-            "raise --prompt-tokens or give data with prompts."
-        )
-    parts = {}
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        with Bar(console, f"serving, {name}", ()) as bar:
-            done = iter(range(1, len(data.prompts) + 1))
-            parts[name] = measure(
-                programs,
-                data.prompts,
-                temperature,
-                config.draft_length,
-                lambda bar=bar, done=done: bar.show(next(done), len(data.prompts), {}),
-            )
-    return parts
-
-
 def closing(
     console: Console, settings: TrainSettings, checkpoint: Path, report: dict[str, Any]
 ) -> None:
@@ -231,6 +168,12 @@ def closing(
             f"{name}: acceptance length {part['acceptance_length']:.2f}, "
             f"{part['tokens_per_second']:.0f} tokens/s against "
             f"{part['plain_tokens_per_second']:.0f} plain ({part['speedup']:.2f}x)"
+        )
+    elsewhere = report["served"]["greedy"].get("transformers")
+    if elsewhere is not None:
+        console.print(
+            f"transformers' generate on the same files: "
+            f"{elsewhere['tokens_per_second']:.0f} tokens/s"
         )
     same = report["served"]["greedy"]["identical_to_plain"]
     console.print(f"greedy answers identical to plain decoding: {'yes' if same else 'NO'}")

@@ -12,7 +12,7 @@ from dspark_jax.config import DraftConfig, LayerType, MarkovHeadType, TargetConf
 class DraftOptions:
     """The draft; what is None comes from the target."""
 
-    aux_layer_ids: tuple[int, ...] = (1, 3, 5)
+    aux_layer_ids: tuple[int, ...] = (1, 2, 3)
     """Target layers the draft reads, vLLM's numbering: id j enters layer j, 0 is the embedding."""
     num_layers: int = 2
     block_size: int = 8
@@ -64,6 +64,12 @@ class TrainSettings:
     warmup_share: float = 0.04
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    loss_ce: float = 0.1
+    """Weight of the cross-entropy against the target's likeliest token."""
+    loss_tv: float = 0.9
+    """Weight of the total variation, one minus the acceptance rate."""
+    loss_kl_div: float = 0.0
+    """Weight of KL(target || draft)."""
     loss_decay: float = 4.0
     """Slot k weighs exp(-k / loss_decay)."""
     conversations: int = 1536
@@ -78,6 +84,12 @@ class TrainSettings:
     """Held-out prompts answered with and without the draft at the end."""
     seed: int = 0
     draft: DraftOptions = DraftOptions()
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The terms of the loss that count."""
+        weights = {"ce": self.loss_ce, "tv": self.loss_tv, "kl_div": self.loss_kl_div}
+        return {name: weight for name, weight in weights.items() if weight}
 
 
 GLM_5_2 = DraftOptions(

@@ -28,28 +28,30 @@ CHAT_TEMPLATE = (
 )
 
 TINY_GLM = TargetConfig(
-    vocab_size=2048,
-    hidden_size=192,
-    intermediate_size=512,
-    moe_intermediate_size=64,
-    num_hidden_layers=6,
+    vocab_size=512,
+    hidden_size=384,
+    intermediate_size=1152,
+    moe_intermediate_size=128,
+    num_hidden_layers=4,
     num_attention_heads=4,
     n_routed_experts=8,
     num_experts_per_tok=2,
     n_shared_experts=1,
-    q_lora_rank=96,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
+    q_lora_rank=128,
+    kv_lora_rank=96,
+    qk_nope_head_dim=48,
     qk_rope_head_dim=16,
-    v_head_dim=32,
+    v_head_dim=48,
     index_topk=64,
     index_head_dim=32,
     index_n_heads=2,
     first_k_dense_replace=1,
-    indexer_types=("full", "shared", "shared", "full", "shared", "shared"),
+    indexer_types=("full", "shared", "full", "shared"),
     routed_scaling_factor=1.0,
     rope_theta=10000.0,
 )
+"""Few wide layers and a small vocabulary: a step is bound by reading weights, as in a large model,
+and two cores can train it."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

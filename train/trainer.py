@@ -112,7 +112,9 @@ def make_step(
 
     def objective(params: Any, *inputs: Any) -> tuple[Float[Array, ""], Metrics]:
         scores, teacher, blocks = score(params, *inputs)
-        return dspark_loss(scores, teacher, blocks, config, decay=settings.loss_decay)
+        return dspark_loss(
+            scores, teacher, blocks, config, settings.loss_weights, decay=settings.loss_decay
+        )
 
     def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(base, state.step)
@@ -144,7 +146,9 @@ def validate(
     @jax.jit
     def measure(*inputs: Any) -> tuple[Metrics, Float[Array, "3 bins"]]:
         scores, teacher, blocks = score(*inputs)
-        _, metrics = dspark_loss(scores, teacher, blocks, config, decay=settings.loss_decay)
+        _, metrics = dspark_loss(
+            scores, teacher, blocks, config, settings.loss_weights, decay=settings.loss_decay
+        )
         return metrics, _histogram(scores, teacher, blocks)
 
     totals: Counter[str] = Counter()

@@ -43,16 +43,26 @@ class Indexer(nnx.Module):
         b, t, _ = x.shape
         query = self.wq_b(query_latent).reshape(b, t, self.heads, self.dim)
         query = self._rotate(query, angle)
-        product = jnp.einsum("bthn,bcn->bhtc", query, keys, preferred_element_type=jnp.float32)
         weight = matmul(x.astype(jnp.float32), self.weights_proj.kernel[...].astype(jnp.float32))
-        weight = (weight * self.heads**-0.5).transpose(0, 2, 1)[..., None]
-        return jnp.sum(weight * jax.nn.relu(product * self.dim**-0.5), axis=1)
+        return index_scores(query, keys, weight)
 
     def _rotate(
         self, x: Float[Array, "B T h n"], angle: Float[Array, "B T half"]
     ) -> Float[Array, "B T h n"]:
         rotated, passed = x[..., : self.rope_dim], x[..., self.rope_dim :]
         return jnp.concatenate([rotate_interleaved(rotated, angle), passed], axis=-1)
+
+
+def index_scores(
+    query: Float[Array, "B T h n"], keys: Float[Array, "B C n"], weight: Float[Array, "B T h"]
+) -> Float[Array, "B T C"]:
+    """`sum_h weight[h] / sqrt(heads) * relu(query[h] . key / sqrt(n))`, in float32."""
+    heads, dim = query.shape[-2:]
+    product = jnp.einsum("bthn,bcn->bhtc", query, keys, preferred_element_type=jnp.float32)
+    weight = weight.astype(jnp.float32) * heads**-0.5
+    # Head by head rather than by a reduction, which XLA does not fuse on a CPU.
+    weighed = (weight[..., h, None] * jax.nn.relu(product[:, h] * dim**-0.5) for h in range(heads))
+    return sum(weighed, start=jnp.zeros(()))
 
 
 def select_top(

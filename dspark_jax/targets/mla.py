@@ -75,37 +75,20 @@ class Mla(nnx.Module):
         heads = self.kv_b_proj(memory.latent).reshape(b, s, c.num_attention_heads, -1)
         key, value = jnp.split(heads, [c.qk_nope_head_dim], axis=-1)
         scores = _product("bthn,bshn->bhts", query.nope, key)
-        probs = self._softmax(scores, query, memory, visible)
+        scores = scores + _product("bthp,bsp->bhts", query.rope, memory.rope)
+        probs = masked_softmax(scores * c.qk_head_dim**-0.5, visible[:, None])
         out = _product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), jnp.mean(probs, axis=1)
 
-    def attend_absorbed(
-        self, query: Query, memory: LayerCache, visible: Bool[Array, "B S C"]
-    ) -> Float[Array, "B S D"]:
-        """The same attention in the latent space: fewest bytes when rows are few."""
-        c = self.config
-        kernel = self.kv_b_proj.kernel[...].reshape(c.kv_lora_rank, c.num_attention_heads, -1)
-        key, value = jnp.split(kernel, [c.qk_nope_head_dim], axis=-1)
-        absorbed = _product("bshn,rhn->bshr", query.nope, key).astype(query.nope.dtype)
-        scores = _product("bshr,bcr->bhsc", absorbed, memory.latent)
-        probs = self._softmax(scores, query, memory, visible).astype(memory.latent.dtype)
-        mixed = _product("bhsc,bcr->bshr", probs, memory.latent).astype(memory.latent.dtype)
-        out = _product("bshr,rhv->bshv", mixed, value).astype(mixed.dtype)
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
 
-    def _softmax(
-        self,
-        scores: Float[Array, "B H T C"],
-        query: Query,
-        memory: LayerCache,
-        visible: Bool[Array, "B T C"],
-    ) -> Float[Array, "B H T C"]:
-        scores = scores + _product("bthp,bcp->bhtc", query.rope, memory.rope)
-        scores = jnp.where(visible[:, None], scores * self.config.qk_head_dim**-0.5, -jnp.inf)
-        # A padding row sees nothing: keep its softmax finite (its result is never read).
-        top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
-        weight = jnp.exp(scores - jax.lax.stop_gradient(top))
-        return weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
+def masked_softmax(
+    scores: Float[Array, "*rows C"], visible: Bool[Array, "*seen C"]
+) -> Float[Array, "*rows C"]:
+    """Softmax over the visible columns; a row that sees nothing (padding) gives zeros."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
+    weight = jnp.exp(scores - jax.lax.stop_gradient(top))
+    return weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
 
 
 def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:

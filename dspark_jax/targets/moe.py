@@ -35,13 +35,28 @@ class Router(nnx.Module):
             self.kernel[...].astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        score = jax.nn.sigmoid(logits)
-        biased = score + self.e_score_correction_bias[...].astype(jnp.float32)
-        expert = jax.lax.top_k(jax.lax.stop_gradient(biased), self.config.num_experts_per_tok)[1]
-        chosen = jax.nn.one_hot(expert, score.shape[-1], dtype=score.dtype).sum(axis=-2)
-        weight = score * chosen
-        weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + 1e-20)
-        return Routing(logits, biased, expert, weight * self.config.routed_scaling_factor)
+        return route(logits, self.e_score_correction_bias[...], self.config)
+
+
+def route(
+    logits: Float[Array, "*rows E"], bias: Float[Array, "E"], config: TargetConfig, always: int = 0
+) -> Routing:
+    """The decision of a router with these float32 logits.
+
+    `weight` covers `always` more experts after the routed ones, which every token visits at 1.
+    """
+    score = jax.nn.sigmoid(logits)
+    biased = score + bias.astype(jnp.float32)
+    expert = jax.lax.top_k(jax.lax.stop_gradient(biased), config.num_experts_per_tok)[1]
+    experts = score.shape[-1]
+    chosen = jax.nn.one_hot(expert, experts + always, dtype=score.dtype)
+    share = jnp.concatenate([score, jnp.zeros((*score.shape[:-1], always))], axis=-1)
+    total = jnp.sum(chosen * share[..., None, :], axis=(-2, -1))[..., None] + 1e-20
+    share = config.routed_scaling_factor * share / total
+    # A sum over choices comes last: XLA keeps it apart from what reads the weights.
+    visited = (jnp.arange(experts + always) >= experts).astype(score.dtype)
+    weight = jnp.sum(chosen * share[..., None, :], axis=-2) + visited
+    return Routing(logits, biased, expert, weight)
 
 
 class Experts(nnx.Module):

@@ -1,11 +1,14 @@
 """A GLM model as the rest of the package sees it: a record of pure functions."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetConfig
+from dspark_jax.targets.decoder import prepare
+from dspark_jax.targets.extend import extend, init_cache, logits
 from dspark_jax.targets.glm import Glm, frozen_tables
 from dspark_jax.types import Target
 
@@ -20,21 +23,18 @@ def glm_target(config: TargetConfig) -> Target:
     return Target(
         config=config,
         forward=lambda params, *rows: model(params).forward(*rows)[0],
-        init_cache=lambda batch, capacity, dtype=jnp.float32: _shell(graphdef, config).init_cache(
-            batch, capacity, dtype
-        ),
-        extend=lambda params, cache, rows: model(params).extend(cache, rows)[:2],
+        trace=lambda params, *rows: model(params).forward(*rows),
         unembed=lambda params, hidden: model(params).unembed(hidden),
         frozen=lambda params, target_id=None: frozen_tables(model(params), target_id),
-        trace=lambda params, *rows: model(params).forward(*rows),
-        trace_extend=lambda params, cache, rows: model(params).extend(cache, rows),
+        prepare=lambda params: prepare(model(params)),
+        init_cache=lambda batch, capacity, dtype=jnp.float32: init_cache(
+            config, batch, capacity, dtype
+        ),
+        extend=partial(extend, config),
+        logits=partial(logits, config),
     )
 
 
 def init_params(config: TargetConfig, seed: int) -> Any:
     """Freshly drawn parameters."""
     return nnx.state(Glm(config, rngs=nnx.Rngs(seed)), nnx.Param)
-
-
-def _shell(graphdef: Any, config: TargetConfig) -> Glm:
-    return nnx.eval_shape(lambda: Glm(config, rngs=nnx.Rngs(0)))

@@ -9,7 +9,7 @@ import pytest
 
 from dspark_jax.draft import dspark_draft
 from dspark_jax.generation import Generation, generate, plain_generate, plain_prefill, plain_state
-from dspark_jax.loop import Request, Weights, init_state, prefill
+from dspark_jax.loop import Request, init_state, prefill, prepare_weights
 from dspark_jax.targets.target import glm_target
 from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.divergence import margin_at
@@ -29,7 +29,7 @@ def test_two_thousand_greedy_tokens_equal_plain_decoding() -> None:
     target, draft = glm_target(loaded.config), dspark_draft(config)
     full = config.draft_vocab_size == config.vocab_size
     frozen = target.frozen(loaded.params, None if full else jnp.asarray(target_id))
-    weights = Weights(loaded.params, draft_params, frozen)
+    weights = prepare_weights(target, draft, loaded.params, draft_params, frozen)
     prompt = prompt_tokens(
         loaded.tokenizer, [{"role": "user", "content": 'def add(a, b):\n    """Sum."""'}]
     )

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 256
+"""More tokens than any conversation of the short run has."""
 SHORT = [
     *("--steps", "12", "--conversations", "64", "--answer-tokens", "48", "--serve-prompts", "3"),
     *("--max-anchors", "16", "--sequence-length", "256"),
@@ -68,28 +70,30 @@ def test_the_regenerated_data_is_data_a_user_could_pass(finished: Path, tmp_path
     assert "drawn afresh: nothing" in done.stdout
 
 
-@pytest.mark.slow
 def test_hidden_states_from_files_train_the_same_draft_as_in_process(
     finished: Path, tmp_path: Path
 ) -> None:
-    import jax.numpy as jnp
+    import jax
 
     from dspark_jax.targets.target import glm_target
     from dspark_jax.train.conversations import read_conversations, tokenise_all
     from dspark_jax.train.files import embedded, load_target
+    from dspark_jax.train.settings import PRESETS
 
     data = finished / "data/held_out.jsonl"
-    loaded = load_target(embedded("tiny-glm"), (1, 3, 5))
-    target = glm_target(loaded.config)
+    ids = PRESETS["tiny"].draft.aux_layer_ids
+    loaded = load_target(embedded("tiny-glm"), ids)
+    forward = jax.jit(glm_target(loaded.config).forward)
     rows = tokenise_all(loaded.tokenizer, read_conversations(data), data)
     (tmp_path / "states").mkdir()
     for i, row in enumerate(rows):
-        tokens = jnp.asarray(row.tokens)[None]
-        states = target.forward(
-            loaded.params, tokens, jnp.ones_like(tokens), jnp.arange(tokens.shape[1])[None]
-        )
-        aux = np.asarray(states.aux_hidden)[0].reshape(len(row.tokens), 3, -1)
-        hidden = np.concatenate([aux, np.asarray(states.final_hidden)[0][:, None]], axis=1)
+        count = len(row.tokens)
+        tokens = np.pad(row.tokens, (0, LONGEST - count))[None]
+        position = np.arange(LONGEST)[None]
+        states = forward(loaded.params, tokens, (position < count).astype(np.int32), position)
+        aux = np.asarray(states.aux_hidden)[0, :count].reshape(count, len(ids), -1)
+        last = np.asarray(states.final_hidden)[0, :count, None]
+        hidden = np.concatenate([aux, last], axis=1)
         save_file(
             {"token_ids": row.tokens, "hidden_states": hidden},
             tmp_path / "states" / f"hs_{i}.safetensors",

@@ -212,12 +212,13 @@ def differences(ours: Mapping[str, Any], arrays: Arrays) -> list[str]:
 
 def through_cache(model: Model, tokens: jax.Array, chunks: list[tuple[int, int, Any]]) -> Any:
     """Logits of chunks (start, end, tokens or None for the real ones) fed one after another."""
+    prepared = model.target.prepare(model.params)
     cache, logits = model.target.init_cache(len(tokens), tokens.shape[1] + 3), []
     for start, end, other in chunks:
         rows = tokens[:, start:end] if other is None else other
         position = jnp.broadcast_to(jnp.arange(start, end), rows.shape)
-        cache, states = model.target.extend(model.params, cache, Rows(rows, position))
-        logits.append(model.target.unembed(model.params, states.final_hidden))
+        cache, states = model.target.extend(prepared, cache, Rows(rows, position))
+        logits.append(model.target.logits(prepared, states.final_hidden))
     return logits
 
 

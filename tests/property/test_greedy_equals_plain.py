@@ -17,7 +17,7 @@ from jaxtyping import Array
 from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import dspark_draft, init_draft_params
 from dspark_jax.generation import generate
-from dspark_jax.loop import Request, Weights, init_state, prefill
+from dspark_jax.loop import Request, init_state, prefill, prepare_weights
 from dspark_jax.targets.target import glm_target, init_params
 from dspark_jax.types import Draft, Proposal, Rows
 
@@ -94,6 +94,7 @@ def scripted_draft() -> Draft:
 
     return Draft(
         draft_length=G,
+        prepare=lambda script: script,
         init_cache=lambda batch, capacity, dtype=None: jnp.zeros((batch, capacity)),
         extend_context=lambda script, cache, aux_hidden, position: cache,
         draft_block=draft_block,
@@ -117,7 +118,7 @@ def compiled(scripted: bool, batch: int, limit: int) -> Callable[..., Any]:
     def answer(
         params: Any, chunks: Rows, anchor: Array, request: Request, end: Array
     ) -> tuple[Array, ...]:
-        weights = Weights(target_params(), params, frozen)
+        weights = prepare_weights(target, draft, target_params(), params, frozen)
         state = init_state(target, draft, jax.random.split(jax.random.key(0), batch), capacity)
 
         def chunk(state: Any, rows: Rows) -> Any:

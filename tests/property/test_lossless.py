@@ -58,12 +58,13 @@ def table_target() -> Target:
     return Target(
         config=None,
         forward=missing,
+        trace=missing,
+        unembed=missing,
+        frozen=missing,
+        prepare=lambda table: table,
         init_cache=lambda batch, capacity, dtype=None: jnp.zeros((batch, capacity, 1), jnp.int32),
         extend=extend,
-        unembed=lambda table, hidden: hidden @ table.logits,
-        frozen=missing,
-        trace=missing,
-        trace_extend=missing,
+        logits=lambda table, hidden: hidden @ table.logits,
     )
 
 
@@ -99,7 +100,7 @@ def make_weights(config: DraftConfig, kind: str) -> Weights:
         wide = jax.tree.map(lambda x: 4 * x, init_draft_params(config, 3))
         head = 0.5 * normal(keys[2], (HIDDEN, len(target_id)))
         table = Table(1.5 * normal(keys[3], (V * V, V)), aux)
-        return Weights(table, wide, Frozen(embed, head, target_id))
+        return Weights(table, prepared(config, wide), Frozen(embed, head, target_id))
     # What a Markov head can know depends on one token, and on none without such a head.
     logits = 1.5 * normal(keys[3], (V, V))
     if config.markov_rank == 0:
@@ -108,7 +109,11 @@ def make_weights(config: DraftConfig, kind: str) -> Weights:
     table = Table(jnp.tile(logits, (V, 1)), aux)
     drafter, lm_head = drafter_of(config, known)
     frozen = Frozen(jnp.ones((V, HIDDEN)), lm_head, target_id)
-    return Weights(table, nnx.state(drafter, nnx.Param), frozen)
+    return Weights(table, prepared(config, nnx.state(drafter, nnx.Param)), frozen)
+
+
+def prepared(config: DraftConfig, params: Any) -> Any:
+    return dspark_draft(config).prepare(params)
 
 
 def drafter_of(config: DraftConfig, logits: Array) -> tuple[Drafter, Array]:
@@ -320,7 +325,7 @@ GLM = TargetConfig(
 def test_first_tokens_of_a_glm_are_distributed_as_its_own():
     config, target = draft_config("gated", False, True), glm_target(GLM)
     params = jax.tree.map(lambda x: jnp.where(x == 1, x, 15 * x), init_params(GLM, 1))
-    weights = Weights(params, *cached_weights(config, "random")[1:])
+    weights = Weights(target.prepare(params), *cached_weights(config, "random")[1:])
     triples = np.array(list(itertools.product(range(V), repeat=FIRST)))
     rows = jnp.asarray(np.c_[np.tile(PROMPT, (len(triples), 1)), triples])
     position = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)

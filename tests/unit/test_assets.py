@@ -3,6 +3,7 @@
 import json
 
 from dspark_jax.train.files import embedded, load_draft, load_target, target_fingerprint
+from dspark_jax.train.settings import PRESETS
 
 TARGET, DRAFT = embedded("tiny-glm"), embedded("tiny-glm-dspark")
 
@@ -13,7 +14,7 @@ def test_the_shipped_draft_was_made_for_the_shipped_target() -> None:
 
 
 def test_the_shipped_draft_fits_and_loads() -> None:
-    loaded = load_target(TARGET, (1, 3, 5))
+    loaded = load_target(TARGET, PRESETS["tiny"].draft.aux_layer_ids)
     config, _, target_id = load_draft(DRAFT, loaded.config)
     assert config.draft_length == 8 and len(target_id) == config.draft_vocab_size
 

@@ -11,18 +11,16 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import DraftConfig, MarkovHeadType
-from dspark_jax.draft_weights import params_from_tensors, tensors_from_params
-from dspark_jax.drafter import (
-    Drafter,
-    base_logits,
+from dspark_jax.draft_decoder import (
     draft_block,
     extend_context,
-    gumbel,
     init_draft_cache,
+    prepare,
     run_block,
-    sampling_noise,
-    score_blocks,
 )
+from dspark_jax.draft_weights import params_from_tensors, tensors_from_params
+from dspark_jax.drafter import Drafter, base_logits, score_blocks
+from dspark_jax.sampling import gumbel, sampling_noise
 from dspark_jax.types import Batch, Blocks, BlockScores, DraftCache, Frozen, Proposal
 
 CONFIG = DraftConfig(
@@ -77,6 +75,16 @@ def jitted(function: Any, drafter: Drafter, *args: Any) -> Any:
     return compiled(function, *nnx.split(drafter), args)
 
 
+def decoding(function: Any, drafter: Drafter, *args: Any) -> Any:
+    """The same for a function of a prepared draft."""
+    return jitted(on_prepared(function), drafter, *args)
+
+
+@lru_cache
+def on_prepared(function: Any) -> Any:
+    return lambda drafter, *args: function(drafter.config, prepare(drafter), *args)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def compiled(function: Any, graphdef: nnx.GraphDef, params: nnx.State, args: Any) -> Any:
     return function(nnx.merge(graphdef, params), *args)
@@ -84,14 +92,14 @@ def compiled(function: Any, graphdef: nnx.GraphDef, params: nnx.State, args: Any
 
 def fill_cache(drafter: Drafter, aux: jax.Array) -> DraftCache:
     empty = init_draft_cache(drafter.config, aux.shape[0], CAPACITY)
-    return jitted(extend_context, drafter, empty, aux, POSITION[: aux.shape[0]])
+    return decoding(extend_context, drafter, empty, aux, POSITION[: aux.shape[0]])
 
 
 def draft(config: DraftConfig, aux: jax.Array = AUX, rows: Any = slice(None)) -> Proposal:
     """A proposal for the chosen rows of the standard state."""
     drafter, frozen = make_drafter(config), make_frozen(config)
     state = (LENGTH[rows], ANCHOR[rows], KEYS[rows], TEMPERATURE[rows])
-    return jitted(draft_block, drafter, frozen, fill_cache(drafter, aux[rows]), *state)
+    return decoding(draft_block, drafter, frozen, fill_cache(drafter, aux[rows]), *state)
 
 
 def score(config: DraftConfig, blocks: Blocks, aux: jax.Array = AUX) -> BlockScores:
@@ -217,7 +225,7 @@ def test_context_written_in_pieces_equals_context_written_at_once():
     cache = init_draft_cache(CONFIG, 3, CAPACITY)
     for start, stop in ((0, 5), (5, 6), (6, 16)):
         piece = slice(start, stop)
-        cache = jitted(extend_context, drafter, cache, AUX[:, piece], POSITION[:, piece])
+        cache = decoding(extend_context, drafter, cache, AUX[:, piece], POSITION[:, piece])
     assert_close(cache, fill_cache(drafter, AUX))
 
 
@@ -225,8 +233,8 @@ def test_padding_rows_are_not_written():
     drafter = make_drafter(CONFIG)
     full = fill_cache(drafter, AUX)
     position = jnp.asarray([[2, CAPACITY], [CAPACITY, CAPACITY], [15, CAPACITY + 7]])
-    cache = jitted(extend_context, drafter, full, -AUX[:, :2], position)
-    changed = jnp.any(cache.k[0] != full.k[0], axis=(2, 3))
+    cache = decoding(extend_context, drafter, full, -AUX[:, :2], position)
+    changed = jnp.any(cache.k[0] != full.k[0], axis=(1, 3))
     assert jnp.argwhere(changed).tolist() == [[0, 2], [2, 15]]
 
 
@@ -242,7 +250,7 @@ def test_scanned_layers_compute_what_unrolled_layers_do():
     caches = [fill_cache(d, AUX) for d in (drafter, scanned)]
     assert_close(*caches)
     given = (frozen, caches[0], LENGTH, ANCHOR)
-    assert_close(jitted(run_block, drafter, *given), jitted(run_block, scanned, *given))
+    assert_close(decoding(run_block, drafter, *given), decoding(run_block, scanned, *given))
 
 
 def test_drafts_are_drawn_from_the_softmax_at_their_temperature():
@@ -251,7 +259,7 @@ def test_drafts_are_drawn_from_the_softmax_at_their_temperature():
     cache = jax.tree.map(lambda x: x[rows], fill_cache(drafter, AUX))
     keys = jax.random.split(jax.random.key(0), draws)
     state = (LENGTH[rows], ANCHOR[rows], keys, jnp.full(draws, 2.0))
-    proposal = jitted(draft_block, drafter, frozen, cache, *state)
+    proposal = decoding(draft_block, drafter, frozen, cache, *state)
     for slot in (0, 1):
         # After the first slot, only the draws whose first token is the commonest share logits.
         first = np.asarray(proposal.tokens[:, 0])
@@ -293,10 +301,10 @@ def test_logits_are_float32_for_half_precision_parameters():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     drafter, frozen = nnx.merge(graphdef, half), make_frozen(CONFIG)
     cache = init_draft_cache(CONFIG, 3, CAPACITY, jnp.bfloat16)
-    cache = jitted(extend_context, drafter, cache, AUX, POSITION)
+    cache = decoding(extend_context, drafter, cache, AUX, POSITION)
     assert cache.k[0].dtype == jnp.bfloat16
-    proposal = jitted(draft_block, drafter, frozen, cache, LENGTH, ANCHOR, KEYS, TEMPERATURE)
+    proposal = decoding(draft_block, drafter, frozen, cache, LENGTH, ANCHOR, KEYS, TEMPERATURE)
     assert (proposal.logits.dtype, proposal.confidence.dtype) == (jnp.float32, jnp.float32)
-    hidden, logits = jitted(run_block, drafter, frozen, cache, LENGTH, ANCHOR)
+    hidden, logits = decoding(run_block, drafter, frozen, cache, LENGTH, ANCHOR)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_array_equal(logits, base_logits(frozen, hidden))

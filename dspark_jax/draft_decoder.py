@@ -1,0 +1,240 @@
+"""The drafter in decoding: one block per sequence after a cache, in few matrix products.
+
+Projections that read the same input are one matrix, the context's keys and values of all layers
+are one product, and caches are stored head by head, as attention reads them. The numbers are those
+of `drafter.score_blocks`, which trains.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dspark_jax.config import DraftConfig
+from dspark_jax.draft_layer import DecoderLayer, block_mask
+from dspark_jax.drafter import Drafter, base_logits, block_positions
+from dspark_jax.heads import ConfidenceHead, MarkovHead
+from dspark_jax.layers import matmul, rms_norm, rope_angles, rotate_half
+from dspark_jax.sampling import choose, sampling_noise
+from dspark_jax.stack import members
+from dspark_jax.types import DraftCache, Frozen, Proposal
+
+
+class LayerWeights(NamedTuple):
+    """One layer; `into` gives [queries | keys | values], `mlp_into` [gate | up]."""
+
+    norm: Float[Array, "D"]
+    into: Float[Array, "D n"]
+    query_norm: Float[Array, "d"]
+    key_norm: Float[Array, "d"]
+    out: Float[Array, "n D"]
+    mlp_norm: Float[Array, "D"]
+    mlp_into: Float[Array, "D n"]
+    mlp_down: Float[Array, "i D"]
+
+
+class DraftDecoder(NamedTuple):
+    """A draft for decoding: `context` gives [keys | values] of every layer from a fused state."""
+
+    fc: Float[Array, "AD D"]
+    hidden_norm: Float[Array, "D"]
+    context: Float[Array, "D n"]
+    layers: tuple[LayerWeights, ...]
+    norm: Float[Array, "D"]
+    markov_head: MarkovHead | None
+    confidence_head: ConfidenceHead | None
+
+
+def prepare(drafter: Drafter) -> DraftDecoder:
+    """Lay a draft's weights out for decoding; run it once."""
+    layers: dict[int, DecoderLayer] = {}
+    for g, member, repeat, number in members(drafter.groups):
+        graphdef, params = nnx.split(drafter.layers[g][member])
+        one = params if repeat is None else jax.tree.map(lambda x, r=repeat: x[r], params)
+        layers[number] = nnx.merge(graphdef, one, copy=True)
+    ordered = [layers[number] for number in sorted(layers)]
+    context = [p.kernel[...] for x in ordered for p in (x.self_attn.k_proj, x.self_attn.v_proj)]
+    return DraftDecoder(
+        fc=drafter.fc.kernel[...],
+        hidden_norm=drafter.hidden_norm.weight[...],
+        context=jnp.concatenate(context, axis=-1),
+        layers=tuple(lay_out(layer) for layer in ordered),
+        norm=drafter.norm.weight[...],
+        markov_head=drafter.markov_head,
+        confidence_head=drafter.confidence_head,
+    )
+
+
+def lay_out(layer: DecoderLayer) -> LayerWeights:
+    """One layer's weights, merged."""
+    attention, mlp = layer.self_attn, layer.mlp
+    into = [p.kernel[...] for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return LayerWeights(
+        norm=layer.input_layernorm.weight[...],
+        into=jnp.concatenate(into, axis=-1),
+        query_norm=attention.q_norm.weight[...],
+        key_norm=attention.k_norm.weight[...],
+        out=attention.o_proj.kernel[...],
+        mlp_norm=layer.post_attention_layernorm.weight[...],
+        mlp_into=jnp.concatenate([mlp.gate_proj.kernel[...], mlp.up_proj.kernel[...]], axis=-1),
+        mlp_down=mlp.down_proj.kernel[...],
+    )
+
+
+def init_draft_cache(
+    config: DraftConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32
+) -> DraftCache:
+    """An empty cache of `capacity` context rows per sequence."""
+    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return DraftCache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in "kv"))
+
+
+def extend_context(
+    config: DraftConfig,
+    decoder: DraftDecoder,
+    cache: DraftCache,
+    aux_hidden: Float[Array, "B S AD"],
+    position: Int[Array, "B S"],
+) -> DraftCache:
+    """Write the keys and values of fused target states at `position`; those >= C are padding.
+
+    The context is not normed again: a layer's `norm` belongs to the block's slots only.
+    """
+    fused = matmul(aux_hidden.astype(decoder.fc.dtype), decoder.fc)
+    context = matmul(rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps), decoder.context)
+    parts = context.reshape(*position.shape, config.num_hidden_layers, 2, -1, config.head_dim)
+    angle = rope_angles(position, config.head_dim, config.rope_theta)
+    sequence = jnp.arange(position.shape[0])[:, None]
+
+    def write(old: Float[Array, "B Hk C d"], rows: Float[Array, "B S Hk d"]) -> Any:
+        return old.at[sequence, :, position].set(rows.astype(old.dtype), mode="drop")
+
+    keys, values = [], []
+    for i, layer in enumerate(decoder.layers):
+        key = rms_norm(parts[:, :, i, 0], layer.key_norm, config.rms_norm_eps)
+        keys.append(write(cache.k[i], rotate_half(key, angle)))
+        values.append(write(cache.v[i], parts[:, :, i, 1]))
+    return DraftCache(tuple(keys), tuple(values))
+
+
+def run_block(
+    config: DraftConfig,
+    decoder: DraftDecoder,
+    frozen: Frozen,
+    cache: DraftCache,
+    length: Int[Array, "B"],
+    anchor: Int[Array, "B"],
+) -> tuple[Float[Array, "B K D"], Float[Array, "B G Vd"]]:
+    """One block per sequence at positions `length`...: (hidden, base logits of predicting slots).
+
+    Cache rows at or past `length` are stale and are not read.
+    """
+    K, eps = config.block_size, config.rms_norm_eps
+    masks = jnp.full((anchor.shape[0], K - 1), config.mask_token_id, anchor.dtype)
+    tokens = jnp.concatenate([anchor[:, None], masks], axis=1)
+    angle = rope_angles(block_positions(length, K), config.head_dim, config.rope_theta)
+    row = jnp.arange(cache.k[0].shape[2])
+    seen = row < length[:, None]
+    x = frozen.embed[tokens].astype(decoder.fc.dtype)
+    described = zip(decoder.layers, cache.k, cache.v, config.windows, config.causal, strict=True)
+    for layer, keys, values, window, causal in described:
+        near = seen if window is None else seen & (row >= length[:, None] - window)
+        normed = rms_norm(x, layer.norm, eps)
+        attended = attend(config, layer, normed, angle, (keys, values), near, block_mask(K, causal))
+        x = x + matmul(attended, layer.out)
+        gate, up = jnp.split(matmul(rms_norm(x, layer.mlp_norm, eps), layer.mlp_into), 2, axis=-1)
+        x = x + matmul(jax.nn.silu(gate) * up, layer.mlp_down)
+    hidden = rms_norm(x, decoder.norm, eps)
+    return hidden, base_logits(frozen, hidden[:, -config.draft_length :])
+
+
+def attend(
+    config: DraftConfig,
+    layer: LayerWeights,
+    normed: Float[Array, "B K D"],
+    angle: Float[Array, "B K half"],
+    context: tuple[Float[Array, "B Hk C d"], Float[Array, "B Hk C d"]],
+    context_seen: Bool[Array, "B C"],
+    block_seen: Bool[Array, "K K"],
+) -> Float[Array, "B K n"]:
+    """Softmax attention of a block's slots over their context and one another."""
+    (B, K, _), dim = normed.shape, config.head_dim
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    into = matmul(normed, layer.into).reshape(B, K, -1, dim)
+    query, key, value = jnp.split(into, [heads, heads + shared], axis=2)
+    query = rotate_half(rms_norm(query, layer.query_norm, config.rms_norm_eps), angle)
+    key = rotate_half(rms_norm(key, layer.key_norm, config.rms_norm_eps), angle)
+    query = query.reshape(B, K, shared, heads // shared, dim)
+    over_context = _product("bkhgd,bhcd->bhgkc", query, context[0])
+    over_block = _product("bkhgd,bjhd->bhgkj", query, key)
+    scores = jnp.concatenate(
+        [
+            jnp.where(context_seen[:, None, None, None], over_context, -jnp.inf),
+            jnp.where(block_seen, over_block, -jnp.inf),
+        ],
+        axis=-1,
+    )
+    probs = jax.nn.softmax(scores * dim**-0.5, axis=-1).astype(normed.dtype)
+    on_context, on_block = jnp.split(probs, [context[0].shape[2]], axis=-1)
+    out = _product("bhgkc,bhcd->bhgkd", on_context, context[1])
+    out = out + _product("bhgkj,bjhd->bhgkd", on_block, value)
+    return jnp.moveaxis(out, 3, 1).astype(normed.dtype).reshape(B, K, -1)
+
+
+def draft_block(
+    config: DraftConfig,
+    decoder: DraftDecoder,
+    frozen: Frozen,
+    cache: DraftCache,
+    length: Int[Array, "B"],
+    anchor: Int[Array, "B"],
+    keys: Key[Array, "B"],
+    temperature: Float[Array, "B"],
+) -> Proposal:
+    """Draft G tokens per sequence: one parallel pass, then position by position (paper §3.1).
+
+    A sequence's noise comes from its own key folded with its `length`, which grows every round:
+    the same key can be passed each time, other rows never matter, and no noise is used twice. The
+    verifier must draw from other keys. `logits` are corrected, before temperature.
+    """
+    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor)
+    noise = jax.lax.cond(
+        jnp.any(temperature > 0),
+        lambda: sampling_noise(keys, length, logits.shape[1:]),
+        lambda: jnp.zeros_like(logits),
+    )
+    head, state, predicting = decoder.markov_head, None, hidden[:, -logits.shape[1] :]
+    if head is not None:
+        state = head.start(hidden[:, 0])
+        if not config.sample_from_anchor:  # training runs the state over slot 0 too
+            state, _, _ = head.step(state, anchor, hidden[:, 0])
+
+    def position(carry: Any, slot: Any) -> tuple[Any, Any]:
+        (state, prev), (hidden, logits, noise), embedding = carry, slot, None
+        if head is not None:
+            state, bias, embedding = head.step(state, prev, hidden)
+            logits += bias
+        token = frozen.target_id[choose(logits, noise, temperature)].astype(prev.dtype)
+        return (state, token), (token, logits, embedding)
+
+    slots = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (predicting, logits, noise))
+    _, drafted = jax.lax.scan(position, (state, anchor), slots)
+    tokens, logits, embedding = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
+    return Proposal(tokens, logits, confidences(decoder, predicting, embedding))
+
+
+def confidences(
+    decoder: DraftDecoder, hidden: Float[Array, "B G D"], embedding: Float[Array, "B G r"] | None
+) -> Float[Array, "B G"]:
+    """Predicted acceptance probability per slot; 1 everywhere when the draft has no such head."""
+    if decoder.confidence_head is None:
+        return jnp.ones(hidden.shape[:2])
+    return jax.nn.sigmoid(decoder.confidence_head(hidden, embedding))
+
+
+def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

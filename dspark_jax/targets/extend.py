@@ -1,0 +1,188 @@
+"""A GLM pass over a few rows after their caches: prefill chunks, verification, plain decoding."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dspark_jax.config import TargetConfig
+from dspark_jax.layers import layer_norm, matmul, rms_norm, rope_angles, rotate_half
+from dspark_jax.stack import plan_groups, run_weights
+from dspark_jax.targets.decoder import Decoder, LayerWeights, MlpWeights
+from dspark_jax.targets.indexer import INDEX_NORM_EPS, index_scores, select_top
+from dspark_jax.targets.mla import masked_softmax
+from dspark_jax.targets.moe import route
+from dspark_jax.targets.residual import Carry, enter, layer_slots, leave, states
+from dspark_jax.types import Rows, TargetStates
+
+
+class RowCache(NamedTuple):
+    """What one layer remembers of a token: [latent | rotary key], and its index key if it has."""
+
+    key: Float[Array, "B C n"]
+    index_key: Float[Array, "B C n"] | None
+
+
+class Projected(NamedTuple):
+    """A layer's view of the new rows: queries, what to remember of them, and index queries."""
+
+    query: Float[Array, "B S H n"]
+    memory: RowCache
+    index_query: Float[Array, "B S h n"] | None
+    index_weight: Float[Array, "B S h"] | None
+
+
+def init_cache(config: TargetConfig, batch: int, capacity: int, dtype: Any) -> Any:
+    """Empty caches of every layer, arranged like `Decoder.layers`."""
+    c = config
+
+    def empty(layer: int, repeats: int) -> RowCache:
+        lead = (batch, capacity) if repeats == 1 else (repeats, batch, capacity)
+        index = jnp.zeros((*lead, c.index_head_dim), dtype)
+        key = jnp.zeros((*lead, c.kv_lora_rank + c.qk_rope_head_dim), dtype)
+        return RowCache(key, index if c.indexer_types[layer] == "full" else None)
+
+    groups = plan_groups(c.layer_kinds, c.unroll_layers)
+    return tuple(tuple(empty(g.layer(m), g.repeats) for m in range(g.unit)) for g in groups)
+
+
+def extend(
+    config: TargetConfig, decoder: Decoder, cache: Any, rows: Rows
+) -> tuple[Any, TargetStates]:
+    """Rows after their caches: each is written at its position, then sees all up to itself.
+
+    Rows already written at or past a position are overwritten, never rolled back.
+    """
+    capacity = jax.tree.leaves(cache)[0].shape[-2]
+    visible = jnp.arange(capacity) <= rows.position[:, :, None]
+    angle = rope_angles(rows.position, config.qk_rope_head_dim, config.rope_theta)
+
+    def step(weights: LayerWeights, carry: Carry, given: Any) -> tuple[Carry, RowCache]:
+        slot, cached = given
+        normed = rms_norm(carry.x, weights.norm, config.rms_norm_eps)
+        projected = project(config, weights, normed, angle)
+        memory = write(cached, projected.memory, rows.position)
+        selected = carry.selected
+        if projected.index_query is not None and memory.index_key is not None:
+            scores = index_scores(projected.index_query, memory.index_key, projected.index_weight)
+            selected = select_top(scores, visible, config.index_topk)
+        x = carry.x + attend(config, weights, projected.query, memory.key, selected)
+        x = x + feed_forward(config, weights.mlp, x)
+        return leave(carry, x, selected, slot), memory
+
+    groups = plan_groups(config.layer_kinds, config.unroll_layers)
+    slots = layer_slots(groups, config.aux_layer_ids, config.num_hidden_layers)
+    given = [tuple(zip(s, c, strict=True)) for s, c in zip(slots, cache, strict=True)]
+    carry = enter(decoder.embed[rows.tokens], visible, config.aux_layer_ids)
+    carry, outputs = run_weights(groups, decoder.layers, carry, given, step)
+    return tuple(outputs), states(carry)
+
+
+def logits(
+    config: TargetConfig, decoder: Decoder, hidden: Float[Array, "*rows D"]
+) -> Float[Array, "*rows V"]:
+    """Final norm and head; logits in float32."""
+    normed = rms_norm(hidden, decoder.norm, config.rms_norm_eps)
+    return jnp.matmul(normed, decoder.lm_head, preferred_element_type=jnp.float32)
+
+
+def project(
+    config: TargetConfig,
+    weights: LayerWeights,
+    normed: Float[Array, "B S D"],
+    angle: Float[Array, "B S half"],
+) -> Projected:
+    """Queries and memory of new rows: two products, four where the latent is not folded."""
+    c, (B, S, _) = config, normed.shape
+    heads, rotary, index = c.num_attention_heads, c.qk_rope_head_dim, c.index_head_dim
+    into = matmul(normed, weights.into)
+    sizes = (c.q_lora_rank, c.kv_lora_rank, rotary)
+    query_latent, latent, rope, indexing = jnp.split(into, np.cumsum(sizes), axis=-1)
+    query_latent = rms_norm(query_latent, weights.query_norm, c.latent_norm_eps)
+    latent = rms_norm(latent, weights.latent_norm, c.latent_norm_eps)
+    key = jnp.concatenate([latent, rotate_half(rope[..., None, :], angle)[..., 0, :]], axis=-1)
+    width = (c.kv_lora_rank if weights.key is None else c.qk_nope_head_dim) + rotary
+    queries = matmul(query_latent, weights.query)
+    query = queries[..., : heads * width].reshape(B, S, heads, width)
+    plain, rope = jnp.split(query, [width - rotary], axis=-1)
+    if weights.key is not None:
+        plain = _by_head(plain, weights.key)
+    query = jnp.concatenate([plain, rotate_half(rope, angle)], axis=-1)
+    if weights.index_norm is None:
+        return Projected(query, RowCache(key, None), None, None)
+    index_key, index_weight = jnp.split(indexing, [index], axis=-1)
+    if weights.index_weight is not None:
+        wide = normed.astype(jnp.float32)
+        index_weight = matmul(wide, weights.index_weight.astype(jnp.float32))
+    index_key = layer_norm(index_key, *weights.index_norm, INDEX_NORM_EPS)
+    index_key = _rotate_first(index_key[..., None, :], angle)[..., 0, :]
+    index_query = queries[..., heads * width :].reshape(B, S, -1, index)
+    return Projected(
+        query, RowCache(key, index_key), _rotate_first(index_query, angle), index_weight
+    )
+
+
+def attend(
+    config: TargetConfig,
+    weights: LayerWeights,
+    query: Float[Array, "B S H n"],
+    memory: Float[Array, "B C n"],
+    selected: Bool[Array, "B S C"],
+) -> Float[Array, "B S D"]:
+    """Attention in the latent space: every head reads the same memory."""
+    scores = _product("bshn,bcn->bshc", query, memory) * config.qk_head_dim**-0.5
+    probs = masked_softmax(scores, selected[:, :, None]).astype(memory.dtype)
+    mixed = _product("bshc,bcn->bshn", probs, memory)[..., : config.kv_lora_rank]
+    mixed = mixed.astype(memory.dtype)
+    if weights.value is not None:
+        mixed = _by_head(mixed, weights.value)
+    return matmul(mixed.reshape(*mixed.shape[:2], -1), weights.out)
+
+
+def feed_forward(
+    config: TargetConfig, weights: MlpWeights, x: Float[Array, "B S D"]
+) -> Float[Array, "B S D"]:
+    """The MLP's residual update; of experts, all run and those not chosen weigh nothing."""
+    normed = rms_norm(x, weights.norm, config.rms_norm_eps)
+    into = matmul(normed, weights.into)
+    if weights.router_bias is None:
+        gate, up = jnp.split(into, 2, axis=-1)
+        return matmul(jax.nn.silu(gate) * up, weights.down)
+    if weights.router is None:
+        routed, into = jnp.split(into, [config.n_routed_experts], axis=-1)
+    else:
+        routed = matmul(normed.astype(jnp.float32), weights.router.astype(jnp.float32))
+    gate, up = jnp.split(into, 2, axis=-1)
+    weight = route(routed, weights.router_bias, config, config.n_shared_experts).weight
+    hidden = (jax.nn.silu(gate) * up).reshape(*weight.shape, -1)
+    hidden = hidden * weight[..., None].astype(x.dtype)
+    return matmul(hidden.reshape(gate.shape), weights.down)
+
+
+def write(cached: RowCache, new: RowCache, position: Int[Array, "B S"]) -> RowCache:
+    """New rows at their positions; a position past the capacity is dropped."""
+    row = jnp.arange(position.shape[0])[:, None]
+    return jax.tree.map(
+        lambda old, rows: old.at[row, position].set(rows.astype(old.dtype), mode="drop"),
+        cached,
+        new,
+    )
+
+
+def _rotate_first(
+    x: Float[Array, "B S h n"], angle: Float[Array, "B S half"]
+) -> Float[Array, "B S h n"]:
+    rotated, passed = jnp.split(x, [2 * angle.shape[-1]], axis=-1)
+    return jnp.concatenate([rotate_half(rotated, angle), passed], axis=-1)
+
+
+def _by_head(x: Float[Array, "B S H i"], kernel: Float[Array, "H i o"]) -> Float[Array, "B S H o"]:
+    """Every head through its own matrix; heads go first, as XLA's CPU needs them in bfloat16."""
+    product = _product("hbsi,hio->hbso", jnp.moveaxis(x, 2, 0), kernel)
+    return jnp.moveaxis(product, 0, 2).astype(x.dtype)
+
+
+def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

@@ -1,0 +1,40 @@
+"""transformers itself reads the embedded target and computes the same, where torch is installed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax.targets.target import glm_target
+from dspark_jax.train.conversations import prompt_tokens
+from dspark_jax.train.files import embedded, load_target
+from dspark_jax.train.transformers_speed import measure_transformers
+
+QUESTION = [{"role": "user", "content": 'def add(a, b):\n    """Add two numbers."""'}]
+
+
+def test_the_embedded_target_gives_the_logits_of_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    loaded = load_target(embedded("tiny-glm"), ())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(loaded.folder), dtype=torch.float32
+    )
+    tokens = np.tile(prompt_tokens(loaded.tokenizer, QUESTION), 8)[None, :120]
+    assert tokens.shape[1] > loaded.config.index_topk  # so that attention is sparse
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    # transformers' own epsilon of the two latent norms
+    target = glm_target(dataclasses.replace(loaded.config, latent_norm_eps=1e-6))
+    position = np.arange(tokens.shape[1])[None]
+    states = jax.jit(target.forward)(loaded.params, tokens, np.ones_like(tokens), position)
+    ours = np.asarray(target.unembed(loaded.params, states.final_hidden))
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_its_generate_is_timed_on_the_same_files() -> None:
+    pytest.importorskip("torch")
+    loaded = load_target(embedded("tiny-glm"), ())
+    found = measure_transformers(loaded.folder, [prompt_tokens(loaded.tokenizer, QUESTION)], 8)
+    assert found is not None and 0 < found["tokens"] <= 8 and found["tokens_per_second"] > 0

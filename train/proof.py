@@ -1,0 +1,97 @@
+"""What a draft is worth: validation on held-out conversations, then real decoding of prompts."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dspark_jax.config import DraftConfig
+from dspark_jax.draft import dspark_draft
+from dspark_jax.loop import prepare_weights
+from dspark_jax.train import hidden_states
+from dspark_jax.train.data import Data
+from dspark_jax.train.divergence import margin_at
+from dspark_jax.train.files import LoadedTarget
+from dspark_jax.train.packing import pack
+from dspark_jax.train.progress import Bar
+from dspark_jax.train.served import Programs, make_programs, measure
+from dspark_jax.train.settings import TrainSettings
+from dspark_jax.train.trainer import make_scorer, validate
+from dspark_jax.train.transformers_speed import measure_transformers
+from dspark_jax.types import Frozen, Target
+
+NEAR_TIE = 1e-4
+"""Largest margin at which two programs of other shape may choose differently."""
+TRANSFORMERS_PROMPTS = 8
+
+
+def prove(
+    settings: TrainSettings,
+    config: DraftConfig,
+    target: Target,
+    loaded: LoadedTarget,
+    frozen: Frozen,
+    params: Any,
+    data: Data,
+    console: Console,
+) -> dict[str, Any]:
+    """Validation, then real decoding of held-out prompts, greedy and at temperature 1."""
+    source = hidden_states.in_process(target)
+    score = make_scorer(target, config, source, settings.max_anchors)
+    batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
+    arrays = (params, loaded.params, frozen)
+    validation = validate(score, config, settings, arrays, batches, source)
+    draft = dspark_draft(config)
+    programs = make_programs(
+        target,
+        draft,
+        jax.jit(partial(prepare_weights, target, draft))(loaded.params, params, frozen),
+        settings.prompt_tokens,
+        settings.answer_tokens,
+        loaded.tokenizer.eos_token_id,
+        settings.seed,
+    )
+    served = serve(programs, config, data, console)
+    elsewhere = measure_transformers(
+        loaded.folder, data.prompts[:TRANSFORMERS_PROMPTS], settings.answer_tokens
+    )
+    if elsewhere is not None:
+        served["greedy"]["transformers"] = elsewhere
+    for found in served["greedy"]["one_token_program_divergences"]:
+        prompt = served["greedy"]["prompts"][found["prompt"]]
+        margin = margin_at(
+            target,
+            loaded.params,
+            np.array(prompt["prompt_token_ids"], np.int32),
+            prompt["answer_token_ids"],
+            found["position"],
+        )
+        found |= {"margin": margin.value, "kind": margin.kind, "near_tie": margin.value < NEAR_TIE}
+    return {
+        "validation": validation.table,
+        "served": served,
+        "reliability": validation.reliability,
+    }
+
+
+def serve(programs: Programs, config: DraftConfig, data: Data, console: Console) -> dict[str, Any]:
+    """Both parts of the proof."""
+    if not data.prompts:
+        raise ValueError(
+            "no held-out conversation has a user turn short enough to serve; "
+            "raise --prompt-tokens or give data with prompts."
+        )
+    parts = {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        with Bar(console, f"serving, {name}", ()) as bar:
+            done = iter(range(1, len(data.prompts) + 1))
+            parts[name] = measure(
+                programs,
+                data.prompts,
+                temperature,
+                config.draft_length,
+                lambda bar=bar, done=done: bar.show(next(done), len(data.prompts), {}),
+            )
+    return parts
