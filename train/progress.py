@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -36,7 +35,7 @@ class Bar:
         )
         self.task = self.progress.add_task(title, values="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         self.progress.__enter__()
         return self
 
