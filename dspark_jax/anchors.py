@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Key, Shaped
 
 from dspark_jax.config import DraftConfig
 from dspark_jax.types import Blocks
@@ -84,6 +84,6 @@ def teacher_rows(anchor: Int[Array, "B N"], config: DraftConfig, T: int) -> Int[
     return (anchor[..., None] + offset) % T
 
 
-def at(values: Int[Array, "B T"] | Bool[Array, "B T"], row: Int[Array, "B *any"]) -> Array:
+def at(values: Shaped[Array, "B T *rest"], row: Int[Array, "B *any"]) -> Array:
     """`values[b, row[b]]`, rows clamped to the ends."""
     return jax.vmap(lambda v, r: v[jnp.clip(r, 0, v.shape[0] - 1)])(values, row)

@@ -1,6 +1,6 @@
 """Every setting of a model, as frozen dataclasses: hashable and static under jit."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
@@ -93,6 +93,15 @@ class DraftConfig:
     """Up to this depth layers run one by one; deeper drafts are stacked and scanned."""
 
     def __post_init__(self) -> None:
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a draft needs at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads of {self.head_dim} cannot share "
+                f"{self.num_key_value_heads} key-value heads: heads must divide evenly and "
+                "head_dim be even."
+            )
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
         if len(self.layer_types) != self.num_hidden_layers:
@@ -105,11 +114,13 @@ class DraftConfig:
                 f"block_size {self.block_size} with sample_from_anchor {self.sample_from_anchor} "
                 f"drafts {self.draft_length} tokens; use a larger block_size."
             )
-        if self.draft_vocab_size > self.vocab_size:
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"draft_vocab_size {self.draft_vocab_size} exceeds vocab_size {self.vocab_size}; "
-                "the draft vocabulary is a subset of the target's."
+                f"draft_vocab_size {self.draft_vocab_size} must be from 1 to vocab_size "
+                f"{self.vocab_size}: the draft vocabulary is a subset of the target's."
             )
+        if self.markov_rank < 0:
+            raise ValueError(f"markov_rank is {self.markov_rank}; use 0 for no head, or a rank.")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id {self.mask_token_id} is outside vocab_size {self.vocab_size}; "
@@ -144,11 +155,3 @@ class DraftConfig:
             t == "sliding_attention" and not self.sliding_window_non_causal
             for t in self.layer_types
         )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a request's next token is chosen; temperature 0 is greedy."""
-
-    temperature: float = 1.0
-    seed: int = field(default=0)

@@ -11,11 +11,6 @@ from dspark_jax.drafter import Drafter
 from dspark_jax.types import Draft
 
 
-def split_draft(model: Drafter) -> tuple[Any, Any]:
-    """(graphdef, params): the static and the array part of a drafter."""
-    return nnx.split(model, nnx.Param)
-
-
 def draft_graphdef(config: DraftConfig) -> Any:
     """The static part of a drafter of this configuration, without making its arrays."""
     return nnx.split(nnx.eval_shape(lambda: Drafter(config, nnx.Rngs(0))))[0]

@@ -106,10 +106,14 @@ def warm_start(
 ) -> tuple[Drafter, tuple[str, ...]]:
     """As `params_from_tensors`, but a head that is absent as a whole is drawn afresh.
 
-    Returns the names that were drawn too. So a DFlash draft starts a DSpark one.
+    Returns the names that were drawn too. So a DFlash draft starts a DSpark one; a confidence head
+    that is to read features of a new Markov head is drawn with it.
     """
     table = parameter_table(config)
     absent = [h for h in HEADS if not any(name.startswith(f"{h}.") for name in tensors)]
+    if "markov_head" in absent and config.needs_markov_features:
+        absent = list(HEADS)  # a confidence head without the Markov features reads other inputs
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("confidence_head.")}
     fresh = [row for row in table if row.path[0] in absent]
     values = _fresh_heads(config, sorted({str(row.path[0]) for row in fresh}), rngs)
     drawn = {row.name: values[row.path].T if row.transposed else values[row.path] for row in fresh}
@@ -139,8 +143,8 @@ def check_tensors(table: Iterable[Row], tensors: Tensors) -> None:
             problems.append(f"mis-shaped {name}: found {found}, the config needs {needed}")
     if problems:
         raise ValueError(
-            "the draft's tensors do not fit its config.json; use the pair that was saved together:"
-            + "".join(f"\n  {problem}" for problem in problems)
+            "the draft's tensors do not fit its config.json; use the pair that was saved together: "
+            + "; ".join(problems)
         )
 
 

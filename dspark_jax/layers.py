@@ -21,6 +21,17 @@ def matmul(x: Float[Array, "*rows i"], kernel: Float[Array, "i o"]) -> Float[Arr
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
+def exact_matmul(
+    x: Float[Array, "*rows i"], kernel: Float[Array, "i o"]
+) -> Float[Array, "*rows o"]:
+    """`x @ kernel` in float32 on every device: accelerators round float32 factors by default.
+
+    For what a choice hangs on: a rounded router picks other experts.
+    """
+    wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    return jnp.matmul(*wide, precision=jax.lax.Precision.HIGHEST)
+
+
 class Linear(nnx.Module):
     """`x @ kernel (+ bias)`."""
 

@@ -1,10 +1,8 @@
 """What training reports, as `<name>_sum` and `<name>_total` pairs.
 
-Sums and totals add over batches and devices; only then are they divided, by `normalise`. Names,
+Sums and totals add over batches and devices; only then are they divided. Names,
 denominators and their guards against zero are speculators'.
 """
-
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +22,6 @@ def pair(name: str, total_sum: Float[Array, ""], total: Float[Array, ""]) -> Met
 def single_metric(name: str, value: Float[Array, ""]) -> Metrics:
     """A value that counts once per batch."""
     return pair(name, value, jnp.ones(()))
-
-
-def normalise(sums: Mapping[str, Float[Array, ""]]) -> Metrics:
-    """`sum / total` of every pair; 0 where nothing was counted."""
-    names = [name.removesuffix("_sum") for name in sums if name.endswith("_sum")]
-    totals = {name: sums[f"{name}_total"] for name in names}
-    return {
-        name: jnp.where(total > 0, sums[f"{name}_sum"] / jnp.where(total > 0, total, 1.0), 0.0)
-        for name, total in totals.items()
-    }
 
 
 def block_metrics(

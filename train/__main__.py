@@ -25,16 +25,15 @@ def parse(arguments: list[str]) -> TrainSettings:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one sentence for what the user can mend."""
+    """Exit code 0; 1 when the proof failed; 2 with one sentence for what the user can mend."""
     settings = parse(sys.argv[1:])
     from dspark_jax.train.run import run  # jax is imported only once the flags are right
 
     try:
-        run(settings)
+        return 0 if run(settings, sys.argv[1:]) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES["system"] = "system"
@@ -76,14 +77,23 @@ def tokenise(tokenizer: Any, messages: Messages) -> Row:
 
 
 def tokenise_all(tokenizer: Any, conversations: Sequence[Messages], path: Path | str) -> list[Row]:
-    """Rows of all conversations; ValueError when none has a token to train on."""
-    rows = [tokenise(tokenizer, messages) for messages in conversations]
-    if not any(row.loss_mask.any() for row in rows):
-        raise ValueError(
-            f"no row of {path} has a trainable token in {len(rows)} conversations; "
-            "each needs at least one assistant turn."
-        )
+    """Rows of all conversations; ValueError names one that the chat template refuses."""
+    rows = []
+    for number, messages in enumerate(conversations, 1):
+        try:
+            rows.append(tokenise(tokenizer, messages))
+        except (TemplateError, ValueError) as error:
+            raise ValueError(f"conversation {number} of {path} cannot be used: {error}") from error
     return rows
+
+
+def check_trainable(rows: Sequence[Row], length: int, what: str) -> None:
+    """Raise ValueError when no row has a trained token among its first `length`."""
+    if not any(row.loss_mask[:length].any() for row in rows):
+        raise ValueError(
+            f"none of {len(rows)} {what} has a trainable token among its first {length}; each "
+            "needs an assistant turn, and --sequence-length must reach a block beyond the prompts."
+        )
 
 
 def prompt_tokens(tokenizer: Any, messages: Messages) -> np.ndarray:
@@ -99,10 +109,10 @@ def _render(tokenizer: Any, messages: Messages, prompt: bool) -> str:
 
 def _lines(file: Path) -> Iterable[tuple[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data {file} cannot be read: {error}.") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{file} line {number}"
             try:
@@ -122,7 +132,10 @@ def _conversation(where: str, value: Any) -> Messages:
             f'{where} has no list "conversations" or "messages"; write '
             '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}.'
         )
-    return [_message(where, turn) for turn in turns]
+    messages = [_message(where, turn) for turn in turns]
+    if messages[0]["role"] == "assistant":
+        raise ValueError(f"{where} begins with an answer; begin with a human or system turn.")
+    return messages
 
 
 def _message(where: str, turn: Any) -> dict[str, str]:
@@ -130,7 +143,7 @@ def _message(where: str, turn: Any) -> dict[str, str]:
         raise ValueError(f"{where} has a turn that is {type(turn).__name__}, not an object.")
     role = turn.get("from", turn.get("role"))
     content = turn.get("value", turn.get("content"))
-    if role not in ROLES or not isinstance(content, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         raise ValueError(
             f"{where} has a turn with role {role!r} and text of type {type(content).__name__}; "
             f"roles are {', '.join(ROLES)} and the text is a string."

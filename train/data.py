@@ -11,12 +11,13 @@ import numpy as np
 from dspark_jax.train.conversations import (
     Messages,
     Row,
+    check_trainable,
     prompt_tokens,
     read_conversations,
     tokenise_all,
     write_conversations,
 )
-from dspark_jax.train.files import LoadedTarget, target_fingerprint
+from dspark_jax.train.files import LoadedTarget, target_fingerprint, tokenizer_fingerprint
 from dspark_jax.train.prompts import answer, fitting, library_prompts
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.types import Target
@@ -36,34 +37,38 @@ def load_data(
     settings: TrainSettings,
     target: Target,
     loaded: LoadedTarget,
+    given: list[Messages] | None,
     progress: Callable[[int, int], None],
 ) -> Data:
-    """Read `--data`, or make it; `progress(done, total)` follows the making.
+    """Tokenise the `given` conversations of `--data`, or make some; `progress(done, total)`.
 
     The last `held_out_share` of given data is held out (speculators' rule); regenerated data holds
     out prompts from source files that the embedded target never trained on.
     """
-    if settings.data is not None:
-        conversations = read_conversations(settings.data)
-        rows = tokenise_all(loaded.tokenizer, conversations, settings.data)
-        cut = min(len(rows) - 1, int(len(rows) * (1 - settings.held_out_share)))
+    source = "the regenerated data" if settings.data is None else str(settings.data)
+    if given is None:
+        train, held_out = regenerate(settings, target, loaded, progress)
+    else:
+        cut = min(len(given) - 1, int(len(given) * (1 - settings.held_out_share)))
         if cut < 1:
             raise ValueError(
-                f"data {settings.data} has {len(rows)} conversation, which leaves none to hold "
-                "out; give at least two."
+                f"data {source} has {len(given)} conversation(s), of which held_out_share "
+                f"{settings.held_out_share} leaves none to train on; give more, at least two."
             )
-        train, held_out = conversations[:cut], conversations[cut:]
-        tokenised = Data(rows[:cut], rows[cut:], [])
-    else:
-        train, held_out = regenerate(settings, target, loaded, progress)
-        tokenised = Data(
-            tokenise_all(loaded.tokenizer, train, "the regenerated data"),
-            tokenise_all(loaded.tokenizer, held_out, "the regenerated data"),
-            [],
-        )
+        train, held_out = given[:cut], given[cut:]
+    rows = tokenise_all(loaded.tokenizer, train + held_out, source)
+    tokenised = Data(rows[: len(train)], rows[len(train) :], [])
+    room = settings.sequence_length - settings.draft.block_size
+    check_trainable(tokenised.train, room, f"training conversations of {source}")
+    check_trainable(tokenised.held_out, room, f"held-out conversations of {source}")
     asked = [m for m in held_out if any(turn["role"] == "user" for turn in m)]
     prompts = [prompt_tokens(loaded.tokenizer, m) for m in asked]
     prompts = [p for p in prompts if len(p) <= settings.prompt_tokens]
+    if not prompts:
+        raise ValueError(
+            f"none of {len(held_out)} held-out conversations of {source} has a prompt of at most "
+            f"{settings.prompt_tokens} tokens to serve; raise --prompt-tokens."
+        )
     return tokenised._replace(prompts=prompts[: settings.serve_prompts])
 
 
@@ -77,6 +82,7 @@ def regenerate(
     folder = settings.output / "data"
     recipe = {
         "target_sha256": target_fingerprint(loaded.folder),
+        "tokenizer_sha256": tokenizer_fingerprint(loaded.tokenizer),
         "conversations": settings.conversations,
         "prompt_tokens": settings.prompt_tokens,
         "answer_tokens": settings.answer_tokens,
@@ -86,6 +92,7 @@ def regenerate(
     stamp = folder / "recipe.json"
     if stamp.exists() and json.loads(stamp.read_text()) == recipe:
         return read_conversations(files[0]), read_conversations(files[1])
+    stamp.unlink(missing_ok=True)
     prompts = library_prompts(settings.seed)
     kept = max(ANSWER_BATCH, settings.conversations // 8)
     fit = partial(fitting, loaded.tokenizer, longest_prompt=settings.prompt_tokens)
@@ -109,6 +116,7 @@ def regenerate(
             texts,
             settings.prompt_tokens,
             settings.answer_tokens,
+            loaded.ends,
             ANSWER_BATCH,
             settings.seed,
             count,

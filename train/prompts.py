@@ -30,6 +30,8 @@ def library_prompts(seed: int) -> Prompts:
         found = [e.prompt for e in python_corpus.functions(source) if e.documented]
         (held_out if source.held_out else train).extend(found)
     prompts = Prompts(list(dict.fromkeys(train)), list(dict.fromkeys(held_out)))
+    known = set(train)
+    prompts = prompts._replace(held_out=[text for text in prompts.held_out if text not in known])
     for texts in prompts:
         np.random.default_rng(seed).shuffle(texts)
     return prompts
@@ -51,6 +53,7 @@ def answer(
     texts: Sequence[str],
     longest_prompt: int,
     max_tokens: int,
+    ends: tuple[int, ...],
     batch: int,
     seed: int,
     progress: Callable[[int], None],
@@ -63,7 +66,7 @@ def answer(
     prompts = [(messages, prompt_tokens(tokenizer, messages)) for messages in asked]
     run = jax.jit(partial(_answer_batch, target, longest_prompt, max_tokens))
     prepared = jax.jit(target.prepare)(params)
-    end = jnp.array([tokenizer.eos_token_id])
+    end = jnp.array(ends)
     conversations: list[Messages] = []
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]
@@ -72,7 +75,7 @@ def answer(
         made = run(prepared, *pad_prompts(padded, longest_prompt), keys, end)
         tokens, count = np.asarray(made.tokens), np.asarray(made.length)
         for i, (messages, _) in enumerate(group):
-            ids = [t for t in tokens[i, : count[i]] if t != tokenizer.eos_token_id]
+            ids = [t for t in tokens[i, : count[i]] if t not in ends]
             reply = {"role": "assistant", "content": tokenizer.decode(ids)}
             conversations.append([*messages, reply])
         progress(len(group))

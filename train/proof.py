@@ -12,19 +12,14 @@ from dspark_jax.draft import dspark_draft
 from dspark_jax.loop import prepare_weights
 from dspark_jax.train import hidden_states
 from dspark_jax.train.data import Data
-from dspark_jax.train.divergence import margin_at
+from dspark_jax.train.divergence import NEAR_TIE, explain
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.packing import pack
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.served import Programs, make_programs, measure
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.train.trainer import make_scorer, validate
-from dspark_jax.train.transformers_speed import measure_transformers
 from dspark_jax.types import Frozen, Target
-
-NEAR_TIE = 1e-4
-"""Largest margin at which two programs of other shape may choose differently."""
-TRANSFORMERS_PROMPTS = 8
 
 
 def prove(
@@ -50,25 +45,21 @@ def prove(
         jax.jit(partial(prepare_weights, target, draft))(loaded.params, params, frozen),
         settings.prompt_tokens,
         settings.answer_tokens,
-        loaded.tokenizer.eos_token_id,
+        loaded.ends,
         settings.seed,
     )
     served = serve(programs, config, data, console)
-    elsewhere = measure_transformers(
-        loaded.folder, data.prompts[:TRANSFORMERS_PROMPTS], settings.answer_tokens
-    )
-    if elsewhere is not None:
-        served["greedy"]["transformers"] = elsewhere
     for found in served["greedy"]["one_token_program_divergences"]:
         prompt = served["greedy"]["prompts"][found["prompt"]]
-        margin = margin_at(
+        parting = explain(
             target,
             loaded.params,
             np.array(prompt["prompt_token_ids"], np.int32),
             prompt["answer_token_ids"],
             found["position"],
+            config.draft_length + 1,
         )
-        found |= {"margin": margin.value, "kind": margin.kind, "near_tie": margin.value < NEAR_TIE}
+        found |= parting._asdict() | {"near_tie": parting.margin < NEAR_TIE}
     return {
         "validation": validation.table,
         "served": served,
@@ -76,13 +67,15 @@ def prove(
     }
 
 
+def holds(served: dict[str, Any]) -> bool:
+    """Whether greedy answers are plain decoding's, but for near ties between programs."""
+    greedy = served["greedy"]
+    near = [found["near_tie"] for found in greedy["one_token_program_divergences"]]
+    return greedy["identical_to_plain"] and all(near)
+
+
 def serve(programs: Programs, config: DraftConfig, data: Data, console: Console) -> dict[str, Any]:
     """Both parts of the proof."""
-    if not data.prompts:
-        raise ValueError(
-            "no held-out conversation has a user turn short enough to serve; "
-            "raise --prompt-tokens or give data with prompts."
-        )
     parts = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         with Bar(console, f"serving, {name}", ()) as bar:

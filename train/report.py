@@ -60,8 +60,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Against the separately compiled one-token program "
         f"{len(greedy['one_token_program_divergences'])} of {greedy['answers']} answers diverge"
         + "".join(
-            f"; prompt {d['prompt']} at token {d['position']}, smallest margin {d['margin']:.1e} "
-            f"({d['kind']})"
+            f"; prompt {d['prompt']} at token {d['position']}, by a {d['kind']} margin of "
+            f"{d['margin']:.1e} ({'a near tie' if d['near_tie'] else 'NOT A NEAR TIE'})"
             for d in greedy["one_token_program_divergences"]
         )
         + ".",

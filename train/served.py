@@ -1,6 +1,7 @@
 """The proof: held-out prompts decoded with the draft and without it, by real programs, timed."""
 
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,29 +46,30 @@ def make_programs(
     weights: Weights,
     longest_prompt: int,
     max_tokens: int,
-    end: int,
+    ends: tuple[int, ...],
     seed: int,
 ) -> Programs:
     """One sequence at a time: prefill and the whole answer without the host in between."""
     # A round may write a whole block past the last token.
     capacity = longest_prompt + max_tokens + draft.draft_length + 1
-    ends = jnp.array([end])
+    end = jnp.array(ends)
 
     def speculative(weights: Weights, prompt: Any, request: Request, keys: Any) -> Generation:
         state = init_state(target, draft, keys, capacity)
         state = prefill(target, draft, weights, state, *prompt_rows(*prompt, capacity))
-        return generate(target, draft, weights, state, request, max_tokens, ends)[1]
+        return generate(target, draft, weights, state, request, max_tokens, end)[1]
 
     def plain(params: Any, prompt: Any, request: Request, keys: Any) -> Generation:
         state = plain_state(target, keys, capacity)
         state = plain_prefill(target, params, state, *prompt_rows(*prompt, capacity))
-        return plain_generate(target, params, state, request, max_tokens, ends)[1]
+        return plain_generate(target, params, state, request, max_tokens, end)[1]
 
     run_speculative, run_plain = jax.jit(speculative), jax.jit(plain)
 
     def timed(run: Any, params: Any, prompt: np.ndarray, temperature: float, length: int) -> Answer:
         request = Request(jnp.array([length]), jnp.array([temperature]), jnp.array([max_tokens]))
-        keys = jax.random.split(jax.random.key(seed), 1)
+        own = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(prompt.tobytes())))
+        keys = jax.random.split(own, 1)
         padded = pad_prompts([prompt], longest_prompt)
         start = time.perf_counter()
         made = jax.block_until_ready(run(params, padded, request, keys))

@@ -3,9 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dspark_jax.config import DraftConfig, LayerType, MarkovHeadType, TargetConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class TrainSettings:
     """Weight of the total variation, one minus the acceptance rate."""
     loss_kl_div: float = 0.0
     """Weight of KL(target || draft)."""
+    loss_confidence: float = 1.0
+    """Weight of the confidence head's cross-entropy."""
     loss_decay: float = 4.0
     """Slot k weighs exp(-k / loss_decay)."""
     conversations: int = 1536
@@ -108,8 +112,16 @@ PRESETS = {
         optimizer="adamw",
         learning_rate=6e-4,
         weight_decay=0.0,
+        loss_tv=1.8,  # DeepSpec's 0.9 weighs the L1 distance, twice the total variation
         draft=DraftOptions(
-            aux_layer_ids=(2, 10, 18, 26, 34), num_layers=5, block_size=7, markov_rank=256
+            aux_layer_ids=(2, 10, 18, 26, 34),
+            num_layers=5,
+            block_size=7,
+            markov_rank=256,
+            intermediate_size=12288,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
         ),
     ),
     "glm-5.2": TrainSettings(
@@ -142,18 +154,18 @@ def draft_config(options: DraftOptions, target: TargetConfig, mask_token_id: int
             f"aux_layer_ids {list(ids)} do not fit a target of {last} layers; "
             f"give increasing numbers from 0 (embeddings) to {last}."
         )
-    heads = options.num_attention_heads or target.num_attention_heads
+    heads = _given(options.num_attention_heads, target.num_attention_heads)
     return DraftConfig(
         vocab_size=target.vocab_size,
-        draft_vocab_size=options.draft_vocab_size or target.vocab_size,
+        draft_vocab_size=_given(options.draft_vocab_size, target.vocab_size),
         hidden_size=target.hidden_size,
-        intermediate_size=options.intermediate_size or target.intermediate_size,
+        intermediate_size=_given(options.intermediate_size, target.intermediate_size),
         num_hidden_layers=options.num_layers,
         num_attention_heads=heads,
-        num_key_value_heads=options.num_key_value_heads or max(1, heads // 2),
-        head_dim=options.head_dim or target.hidden_size // heads,
+        num_key_value_heads=_given(options.num_key_value_heads, max(1, heads // 2)),
+        head_dim=_given(options.head_dim, target.hidden_size // max(1, heads)),
         aux_layer_ids=ids,
-        mask_token_id=mask_token_id if options.mask_token_id is None else options.mask_token_id,
+        mask_token_id=_given(options.mask_token_id, mask_token_id),
         block_size=options.block_size,
         sample_from_anchor=options.sample_from_anchor,
         layer_types=options.layer_types,
@@ -163,7 +175,11 @@ def draft_config(options: DraftOptions, target: TargetConfig, mask_token_id: int
         markov_head_type=options.markov_head_type,
         enable_confidence_head=options.confidence_head,
         confidence_head_with_markov=options.confidence_head_with_markov and options.markov_rank > 0,
-        rms_norm_eps=options.rms_norm_eps or target.rms_norm_eps,
-        rope_theta=options.rope_theta or target.rope_theta,
+        rms_norm_eps=_given(options.rms_norm_eps, target.rms_norm_eps),
+        rope_theta=_given(options.rope_theta, target.rope_theta),
         max_position_embeddings=target.max_position_embeddings,
     )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value

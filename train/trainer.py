@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ def make_optimizer(settings: TrainSettings, params: Any) -> optax.GradientTransf
         update = optax.adamw(
             rate,
             weight_decay=settings.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=decayed,
         )
     else:
         update = muon(
@@ -78,6 +79,15 @@ def make_optimizer(settings: TrainSettings, params: Any) -> optax.GradientTransf
             muon_weight_dimension_numbers=muon_axes(params),
         )
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters weight decay takes: matrices and tables, stacked or not, but no scales."""
+    chosen = [
+        (path, param.replace(path[-1] not in ("weight", "bias")))
+        for path, param in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(chosen)
 
 
 def learning_rate(settings: TrainSettings) -> optax.Schedule:
@@ -104,17 +114,26 @@ def muon_axes(params: Any) -> Any:
     return nnx.from_flat_state([(p, choose(p, v)) for p, v in nnx.to_flat_state(params)])
 
 
+def make_loss(config: DraftConfig, settings: TrainSettings) -> Callable[..., Any]:
+    """`loss(scores, teacher, blocks) -> (loss, metrics)` with the weights of the settings."""
+    return partial(
+        dspark_loss,
+        config=config,
+        weights=settings.loss_weights,
+        confidence_weight=settings.loss_confidence,
+        decay=settings.loss_decay,
+    )
+
+
 def make_step(
     score: Scorer, config: DraftConfig, optimizer: Any, settings: TrainSettings
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step(state, target_params, frozen, batch, fetched) -> (state, metrics)`, jitted, donated."""
-    base = jax.random.key(settings.seed)
+    base, loss_of = jax.random.key(settings.seed), make_loss(config, settings)
 
     def objective(params: Any, *inputs: Any) -> tuple[Float[Array, ""], Metrics]:
         scores, teacher, blocks = score(params, *inputs)
-        return dspark_loss(
-            scores, teacher, blocks, config, settings.loss_weights, decay=settings.loss_decay
-        )
+        return loss_of(scores, teacher, blocks)
 
     def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(base, state.step)
@@ -143,12 +162,12 @@ def validate(
 ) -> Validation:
     """Metrics over held-out batches: sums and totals are added up, then divided once."""
 
+    loss_of = make_loss(config, settings)
+
     @jax.jit
     def measure(*inputs: Any) -> tuple[Metrics, Float[Array, "3 bins"]]:
         scores, teacher, blocks = score(*inputs)
-        _, metrics = dspark_loss(
-            scores, teacher, blocks, config, settings.loss_weights, decay=settings.loss_decay
-        )
+        _, metrics = loss_of(scores, teacher, blocks)
         return metrics, _histogram(scores, teacher, blocks)
 
     totals: Counter[str] = Counter()

@@ -172,5 +172,6 @@ def deinterleave(
 
 
 def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    wide = jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
+    wide = [x.astype(jnp.float32) for x in (a, b)]
+    wide = jnp.einsum(spec, *wide, precision=jax.lax.Precision.HIGHEST)
     return wide.astype(a.dtype)

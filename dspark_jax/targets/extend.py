@@ -8,7 +8,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.layers import layer_norm, matmul, rms_norm, rope_angles, rotate_half
+from dspark_jax.layers import (
+    exact_matmul,
+    layer_norm,
+    matmul,
+    rms_norm,
+    rope_angles,
+    rotate_half,
+)
 from dspark_jax.stack import plan_groups, run_weights
 from dspark_jax.targets.decoder import Decoder, LayerWeights, MlpWeights
 from dspark_jax.targets.indexer import INDEX_NORM_EPS, index_scores, select_top
@@ -25,13 +32,19 @@ class RowCache(NamedTuple):
     index_key: Float[Array, "B C n"] | None
 
 
+class IndexQuery(NamedTuple):
+    """What an indexer asks of every cached key."""
+
+    query: Float[Array, "B S h n"]
+    weight: Float[Array, "B S h"]
+
+
 class Projected(NamedTuple):
     """A layer's view of the new rows: queries, what to remember of them, and index queries."""
 
     query: Float[Array, "B S H n"]
     memory: RowCache
-    index_query: Float[Array, "B S h n"] | None
-    index_weight: Float[Array, "B S h"] | None
+    index: IndexQuery | None
 
 
 def init_cache(config: TargetConfig, batch: int, capacity: int, dtype: Any) -> Any:
@@ -65,8 +78,9 @@ def extend(
         projected = project(config, weights, normed, angle)
         memory = write(cached, projected.memory, rows.position)
         selected = carry.selected
-        if projected.index_query is not None and memory.index_key is not None:
-            scores = index_scores(projected.index_query, memory.index_key, projected.index_weight)
+        index = projected.index
+        if index is not None and memory.index_key is not None:
+            scores = index_scores(index.query, memory.index_key, index.weight)
             selected = select_top(scores, visible, config.index_topk)
         x = carry.x + attend(config, weights, projected.query, memory.key, selected)
         x = x + feed_forward(config, weights.mlp, x)
@@ -97,7 +111,8 @@ def project(
     """Queries and memory of new rows: two products, four where the latent is not folded."""
     c, (B, S, _) = config, normed.shape
     heads, rotary, index = c.num_attention_heads, c.qk_rope_head_dim, c.index_head_dim
-    into = matmul(normed, weights.into)
+    exact = weights.index_norm is not None and weights.index_weight is None
+    into = (exact_matmul if exact else matmul)(normed, weights.into)
     sizes = (c.q_lora_rank, c.kv_lora_rank, rotary)
     query_latent, latent, rope, indexing = jnp.split(into, np.cumsum(sizes), axis=-1)
     query_latent = rms_norm(query_latent, weights.query_norm, c.latent_norm_eps)
@@ -111,17 +126,15 @@ def project(
         plain = _by_head(plain, weights.key)
     query = jnp.concatenate([plain, rotate_half(rope, angle)], axis=-1)
     if weights.index_norm is None:
-        return Projected(query, RowCache(key, None), None, None)
+        return Projected(query, RowCache(key, None), None)
     index_key, index_weight = jnp.split(indexing, [index], axis=-1)
     if weights.index_weight is not None:
-        wide = normed.astype(jnp.float32)
-        index_weight = matmul(wide, weights.index_weight.astype(jnp.float32))
+        index_weight = exact_matmul(normed, weights.index_weight)
     index_key = layer_norm(index_key, *weights.index_norm, INDEX_NORM_EPS)
     index_key = _rotate_first(index_key[..., None, :], angle)[..., 0, :]
     index_query = queries[..., heads * width :].reshape(B, S, -1, index)
-    return Projected(
-        query, RowCache(key, index_key), _rotate_first(index_query, angle), index_weight
-    )
+    index_query = IndexQuery(_rotate_first(index_query, angle), index_weight)
+    return Projected(query, RowCache(key, index_key), index_query)
 
 
 def attend(
@@ -146,14 +159,15 @@ def feed_forward(
 ) -> Float[Array, "B S D"]:
     """The MLP's residual update; of experts, all run and those not chosen weigh nothing."""
     normed = rms_norm(x, weights.norm, config.rms_norm_eps)
-    into = matmul(normed, weights.into)
     if weights.router_bias is None:
-        gate, up = jnp.split(into, 2, axis=-1)
+        gate, up = jnp.split(matmul(normed, weights.into), 2, axis=-1)
         return matmul(jax.nn.silu(gate) * up, weights.down)
     if weights.router is None:
+        into = exact_matmul(normed, weights.into)
         routed, into = jnp.split(into, [config.n_routed_experts], axis=-1)
     else:
-        routed = matmul(normed.astype(jnp.float32), weights.router.astype(jnp.float32))
+        into = matmul(normed, weights.into)
+        routed = exact_matmul(normed, weights.router)
     gate, up = jnp.split(into, 2, axis=-1)
     weight = route(routed, weights.router_bias, config, config.n_shared_experts).weight
     hidden = (jax.nn.silu(gate) * up).reshape(*weight.shape, -1)

@@ -93,7 +93,8 @@ class Glm(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Final norm and head; logits in float32."""
-        return self.lm_head(self.norm(hidden)).astype(jnp.float32)
+        kernel = self.lm_head.kernel[...]
+        return jnp.matmul(self.norm(hidden), kernel, preferred_element_type=jnp.float32)
 
     def _angles(self, position: Int[Array, "B T"]) -> Float[Array, "B T half"]:
         return rope_angles(position, self.config.qk_rope_head_dim, self.config.rope_theta)

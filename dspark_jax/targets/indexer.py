@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.layers import LayerNorm, Linear, matmul, rotate_interleaved
+from dspark_jax.layers import LayerNorm, Linear, exact_matmul, rotate_interleaved
 
 INDEX_NORM_EPS = 1e-6
 
@@ -43,8 +43,7 @@ class Indexer(nnx.Module):
         b, t, _ = x.shape
         query = self.wq_b(query_latent).reshape(b, t, self.heads, self.dim)
         query = self._rotate(query, angle)
-        weight = matmul(x.astype(jnp.float32), self.weights_proj.kernel[...].astype(jnp.float32))
-        return index_scores(query, keys, weight)
+        return index_scores(query, keys, exact_matmul(x, self.weights_proj.kernel[...]))
 
     def _rotate(
         self, x: Float[Array, "B T h n"], angle: Float[Array, "B T half"]

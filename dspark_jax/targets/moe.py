@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.layers import SwiGLU, init_normal, matmul
+from dspark_jax.layers import SwiGLU, exact_matmul, init_normal, matmul
 
 
 class Routing(NamedTuple):
@@ -29,12 +29,7 @@ class Router(nnx.Module):
         self.e_score_correction_bias = nnx.Param(jnp.zeros(config.n_routed_experts))
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Routing:
-        # Exact float32: a rounded router picks other experts.
-        logits = jnp.matmul(
-            x.astype(jnp.float32),
-            self.kernel[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits = exact_matmul(x, self.kernel[...])
         return route(logits, self.e_score_correction_bias[...], self.config)
 
 

@@ -1,6 +1,7 @@
 """GLM checkpoints: config.json and tensor names <-> this package's config and parameters."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,19 @@ from dspark_jax.stack import members
 from dspark_jax.targets.glm import Glm
 
 ARCHITECTURE = "GlmMoeDsaForCausalLM"
+CONSTANTS = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "indexer_rope_interleave": True,
+    "n_group": 1,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+}
+"""What a GLM-5.x config.json says and the model here does not vary."""
 Layout = Literal["plain", "transposed", "experts_in", "experts_out"]
 
 
@@ -37,12 +51,30 @@ def config_from_json(config: Mapping[str, Any], **overrides: Any) -> TargetConfi
             f"architecture {config.get('model_type')!r} is not supported; "
             "supported is 'glm_moe_dsa'."
         )
-    keys = TargetConfig.__dataclass_fields__.keys() & config.keys()
-    values = {k: config[k] for k in keys if k not in ("indexer_types", "rope_theta")}
-    rope = config.get("rope_parameters") or {}
-    values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 1e6)))
+    other = {k: config[k] for k, v in CONSTANTS.items() if config.get(k, v) != v}
+    if other:
+        needed = {key: CONSTANTS[key] for key in other}
+        raise ValueError(f"config.json asks for {other}, but targets here have {needed}.")
+    fields = TargetConfig.__dataclass_fields__
+    read = {name for name in fields if name not in ("indexer_types", "rope_theta")}
+    absent = [n for n in fields if n in read and fields[n].default is MISSING and n not in config]
+    if absent:
+        raise ValueError(f"config.json lacks {', '.join(absent)}; use the model's own file.")
+    values = {name: config[name] for name in read & config.keys()}
+    values["rope_theta"] = _rope_theta(config)
     values["indexer_types"] = _indexer_types(config)
     return TargetConfig(**(values | overrides))
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    rope = {**config, **(config.get("rope_parameters") or {})}
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
+    if kind != "default" or theta is None:
+        raise ValueError(
+            f"config.json has rotary positions of type {kind!r} with theta {theta}; "
+            "targets here need type 'default' and a rope_theta."
+        )
+    return float(theta)
 
 
 def _indexer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -67,17 +99,8 @@ def config_to_json(config: TargetConfig, eos_token_id: int, pad_token_id: int) -
         "indexer_types": list(config.indexer_types),
         "mlp_layer_types": [mlp for _, mlp in config.layer_kinds],
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_interleave": True,
-        "indexer_rope_interleave": True,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "n_group": 1,
-        "topk_group": 1,
-        "hidden_act": "silu",
-        "attention_bias": False,
+        **CONSTANTS,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,

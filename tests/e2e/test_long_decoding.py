@@ -12,10 +12,12 @@ from dspark_jax.generation import Generation, generate, plain_generate, plain_pr
 from dspark_jax.loop import Request, init_state, prefill, prepare_weights
 from dspark_jax.targets.target import glm_target
 from dspark_jax.train.conversations import prompt_tokens
-from dspark_jax.train.divergence import margin_at
-from dspark_jax.train.files import embedded, load_draft, load_target
+from dspark_jax.train.divergence import NEAR_TIE, explain
+from dspark_jax.train.draft_files import load_draft
+from dspark_jax.train.files import embedded, load_target
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.train.served import first_difference
+from dspark_jax.train.settings import PRESETS
 
 TOKENS, PROMPT = 2000, 64
 CAPACITY = PROMPT + TOKENS + 16
@@ -24,7 +26,7 @@ NO_END = jnp.array([-1])
 
 @pytest.mark.slow
 def test_two_thousand_greedy_tokens_equal_plain_decoding() -> None:
-    loaded = load_target(embedded("tiny-glm"), (1, 3, 5))
+    loaded = load_target(embedded("tiny-glm"), PRESETS["tiny"].draft.aux_layer_ids)
     config, draft_params, target_id = load_draft(embedded("tiny-glm-dspark"), loaded.config)
     target, draft = glm_target(loaded.config), dspark_draft(config)
     full = config.draft_vocab_size == config.vocab_size
@@ -51,14 +53,15 @@ def test_two_thousand_greedy_tokens_equal_plain_decoding() -> None:
 
     state = plain_prefill(
         target,
-        loaded.params,
+        weights.target,
         plain_state(target, keys, CAPACITY),
         *prompt_rows(*padded, CAPACITY),
     )
     run = jax.jit(partial(plain_generate, target), static_argnums=3)
-    alone = np.asarray(run(loaded.params, state, request(0), TOKENS, NO_END)[1].tokens)[0]
+    alone = np.asarray(run(weights.target, state, request(0), TOKENS, NO_END)[1].tokens)[0]
     ours = np.asarray(drafted.tokens)[0]
     if (alone != ours).any():
         place = first_difference(ours.tolist(), alone.tolist())
-        margin = margin_at(target, loaded.params, prompt, ours.tolist(), place)
-        assert margin.value < 1e-4, f"programs part at token {place} with margin {margin}"
+        width = draft.draft_length + 1
+        parting = explain(target, loaded.params, prompt, ours.tolist(), place, width)
+        assert parting.margin < NEAR_TIE, f"programs part at token {place}: {parting}"

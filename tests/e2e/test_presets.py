@@ -31,9 +31,11 @@ FLAGS = [
 def deep_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random target of GLM-5.2's depth and layer pattern, and of no size."""
     folder = tmp_path_factory.mktemp("target") / "deep-glm"
+    tokenizer = Tokenizer.from_file(str(embedded("tiny-glm") / "tokenizer.json"))
     full = {0, 1, 2, *range(6, 78, 4)}
     config = dataclasses.replace(
         TINY_GLM,
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=32,
         intermediate_size=32,
         moe_intermediate_size=8,
@@ -50,7 +52,6 @@ def deep_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first_k_dense_replace=3,
         indexer_types=tuple("full" if i in full else "shared" for i in range(78)),
     )
-    tokenizer = Tokenizer.from_file(str(embedded("tiny-glm") / "tokenizer.json"))
     save_target(folder, config, init_params(config, 0), tokenizer)
     return folder
 

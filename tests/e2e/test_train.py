@@ -38,8 +38,12 @@ def test_the_report_has_the_promised_keys_and_a_true_acceptance_length(finished:
     report = json.loads((finished / "report.json").read_text())
     assert len(report["validation"]["position_accuracy"]) == 8
     for part in report["served"].values():
-        accepted = sum(part["position_survival"]) * part["rounds"]
-        assert part["acceptance_length"] == pytest.approx(1 + accepted / part["rounds"])
+        accepted = (part["acceptance_length"] - 1) * part["rounds"]
+        assert sum(part["position_survival"]) * part["rounds"] == pytest.approx(accepted)
+        # Every round gives its accepted drafts and one more token, which the last one may not need.
+        answered = sum(len(p["answer_token_ids"]) for p in part["prompts"])
+        spare = sum(p["rounds"] for p in part["prompts"]) + accepted - answered
+        assert -1e-6 <= spare <= len(part["prompts"]) + 1e-6
         assert part["tokens_per_second"] > 0 and part["plain_tokens_per_second"] > 0
         assert part["speedup"] == pytest.approx(
             part["tokens_per_second"] / part["plain_tokens_per_second"]
@@ -98,6 +102,11 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
             {"token_ids": row.tokens, "hidden_states": hidden},
             tmp_path / "states" / f"hs_{i}.safetensors",
         )
+    other = train(
+        *("--data", data, "--output", tmp_path / "other", *SHORT),
+        *("--hidden-states", tmp_path / "states", "--aux-layer-ids", "0", "1", "4"),
+    )
+    assert other.returncode == 2 and "differ from the target's" in other.stderr
     losses = []
     for extra in ((), ("--hidden-states", tmp_path / "states")):
         output = tmp_path / f"run{len(extra)}"

@@ -2,7 +2,8 @@
 
 import json
 
-from dspark_jax.train.files import embedded, load_draft, load_target, target_fingerprint
+from dspark_jax.train.draft_files import load_draft
+from dspark_jax.train.files import embedded, load_target, target_fingerprint
 from dspark_jax.train.settings import PRESETS
 
 TARGET, DRAFT = embedded("tiny-glm"), embedded("tiny-glm-dspark")

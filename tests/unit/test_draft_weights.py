@@ -96,12 +96,12 @@ def test_every_misfit_is_named_in_one_error():
     tensors["markov_head.markov_w2.weight"] = tensors["markov_head.markov_w2.weight"].T
     with pytest.raises(ValueError) as error:
         params_from_tensors(CONFIG, tensors)
-    assert str(error.value).splitlines()[1:] == [
-        "  missing fc.weight [12, 24]",
-        "  missing layers.1.mlp.up_proj.weight [20, 12]",
-        "  unknown layers.3.mlp.up_proj.weight",
-        "  mis-shaped markov_head.markov_w2.weight: found [5, 22], the config needs [22, 5]",
-        "  mis-shaped norm.weight: found [13], the config needs [12]",
+    assert str(error.value).partition("together: ")[2].split("; ") == [
+        "missing fc.weight [12, 24]",
+        "missing layers.1.mlp.up_proj.weight [20, 12]",
+        "unknown layers.3.mlp.up_proj.weight",
+        "mis-shaped markov_head.markov_w2.weight: found [5, 22], the config needs [22, 5]",
+        "mis-shaped norm.weight: found [13], the config needs [12]",
     ]
 
 
@@ -115,6 +115,13 @@ def test_a_draft_without_heads_starts_one_with_heads():
     assert np.std(ours["markov_head.markov_w1.weight"]) == pytest.approx(0.01, rel=0.3)
 
 
+def test_a_draft_without_a_markov_head_gets_both_heads():
+    rankless = replace(CONFIG, markov_rank=0, confidence_head_with_markov=False)
+    drafter, drawn = warm_start(CONFIG, make_tensors(rankless), nnx.Rngs(3))
+    assert {name.partition(".")[0] for name in drawn} == {"markov_head", "confidence_head"}
+    assert drafter.config == CONFIG
+
+
 def test_a_complete_draft_draws_nothing():
     tensors = make_tensors(CONFIG)
     drafter, drawn = warm_start(CONFIG, tensors, nnx.Rngs(3))
@@ -125,9 +132,7 @@ def test_a_complete_draft_draws_nothing():
 def test_half_a_head_or_a_missing_layer_is_no_warm_start():
     tensors = make_tensors(CONFIG)
     del tensors["markov_head.markov_w2.weight"], tensors["norm.weight"]
-    with pytest.raises(
-        ValueError, match=r"missing markov_head\.markov_w2\.weight.*\n.*missing norm"
-    ):
+    with pytest.raises(ValueError, match=r"missing markov_head\.markov_w2\.weight.*; missing norm"):
         warm_start(CONFIG, tensors, nnx.Rngs(3))
 
 

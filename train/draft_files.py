@@ -1,0 +1,166 @@
+"""Drafts on disk: the speculators files, read back only for a target and settings they fit."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from dspark_jax import draft_weights
+from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.draft import draft_graphdef
+from dspark_jax.draft_weights import config_from_json, config_to_json, params_from_tensors
+from dspark_jax.targets.weights import ARCHITECTURE
+from dspark_jax.train.files import LoadedTarget, read_json, target_fingerprint
+
+CHANGEABLE = (
+    "confidence_head_with_markov",
+    "enable_confidence_head",
+    "markov_head_type",
+    "markov_rank",
+    "max_position_embeddings",
+)
+"""What a warm start may set anew; a head that no longer fits its tensors is refused by them."""
+COMPARED = (
+    *draft_weights.SHARED_KEYS,
+    *draft_weights.LAYER_KEYS,
+    *("aux_hidden_state_layer_ids", "layer_types", "rope_parameters", "sliding_window"),
+)
+"""Keys of config.json that say what a draft's numbers mean."""
+
+
+class WarmStart(NamedTuple):
+    """Parameters to start from; `target_id` is a reduced vocabulary they were trained with."""
+
+    params: Any
+    target_id: np.ndarray | None
+    drawn: tuple[str, ...]
+
+
+def save_draft(
+    folder: Path, config: DraftConfig, params: Any, target: LoadedTarget, target_id: np.ndarray
+) -> None:
+    """Write config.json and model.safetensors (bfloat16) under the speculators names.
+
+    The folder appears whole or not at all. `target_sha256` ties it to its target's weights.
+    """
+    drafter = nnx.merge(draft_graphdef(config), params)
+    tensors = {
+        name: jnp.asarray(value, jnp.bfloat16)
+        for name, value in draft_weights.tensors_from_params(drafter).items()
+    }
+    if config.draft_vocab_size < config.vocab_size:
+        offsets = target_id - np.arange(len(target_id))
+        chosen = np.isin(np.arange(config.vocab_size), target_id)
+        tensors |= {"d2t": jnp.asarray(offsets, jnp.int32), "t2d": jnp.asarray(chosen)}
+    described = config_to_json(config, target.folder.name, [ARCHITECTURE], "bfloat16")
+    described["target_sha256"] = target_fingerprint(target.folder)
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "model.safetensors").chmod(0o644)
+    (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    if folder.exists():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np.ndarray]:
+    """(config, params, target_id) of a draft folder; ValueError when it does not fit the target."""
+    described = read_json(folder / "config.json", "draft")
+    check_sizes(folder, described, target)
+    config = config_from_json(described)
+    if max(config.aux_layer_ids) > target.num_hidden_layers:
+        raise ValueError(
+            f"drafter aux layers {list(config.aux_layer_ids)} exceed the target's "
+            f"{target.num_hidden_layers} layers (config.json of {folder}); "
+            "use the drafter trained for this target."
+        )
+    tensors = read_tensors(folder)
+    params = nnx.state(params_from_tensors(config, tensors), nnx.Param)
+    return config, params, target_ids(folder, tensors, config)
+
+
+def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
+    """Start from a draft that may lack heads; ValueError when the rest of it is another draft.
+
+    Keys that its config.json lacks are not compared: a DFlash draft knows none of the heads'.
+    """
+    described = read_json(folder / "config.json", "draft")
+    check_sizes(folder, described, config)
+    ours = config_to_json(config, "", [], "bfloat16")
+    for part, wanted in (described, ours), (_layer(described), _layer(ours)):
+        for name in part.keys() & wanted.keys() & (set(COMPARED) - set(CHANGEABLE)):
+            if part[name] != wanted[name]:
+                raise ValueError(
+                    f"draft {folder} has {name} {part[name]} but this run asks for {wanted[name]}; "
+                    "give the flags it was trained with."
+                )
+    tensors = read_tensors(folder)
+    drafter, drawn = draft_weights.warm_start(config, tensors, nnx.Rngs(seed))
+    reduced = config.draft_vocab_size < config.vocab_size
+    ids = target_ids(folder, tensors, config) if reduced else None
+    return WarmStart(nnx.state(drafter, nnx.Param), ids, drawn)
+
+
+def check_sizes(
+    folder: Path, described: dict[str, Any], target: TargetConfig | DraftConfig
+) -> None:
+    """Raise ValueError when a draft was not made for a target of this shape."""
+    layer = _layer(described)
+    for name in ("hidden_size", "vocab_size"):
+        found, needed = layer.get(name), getattr(target, name)
+        if found is not None and found != needed:
+            raise ValueError(
+                f"drafter {name} {found} does not match target {name} {needed} "
+                f"(config.json of {folder}); use the drafter trained for this target."
+            )
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a draft folder, bfloat16 as float32."""
+    path = folder / "model.safetensors"
+    try:
+        return {
+            name: np.asarray(value.astype(jnp.float32) if value.dtype == jnp.bfloat16 else value)
+            for name, value in load_file(path).items()
+        }
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"draft weights {path} cannot be read: {error}.") from error
+
+
+def target_ids(folder: Path, tensors: dict[str, np.ndarray], config: DraftConfig) -> np.ndarray:
+    """The target token of every draft token: `d2t` plus its index.
+
+    Raises ValueError when a reduced vocabulary comes without it, or its ids do not ascend within
+    the target's vocabulary; decoding finds them by bisection and would accept wrongly.
+    """
+    place = np.arange(config.draft_vocab_size, dtype=np.int32)
+    if config.draft_vocab_size == config.vocab_size:
+        return place
+    if "d2t" not in tensors:
+        raise ValueError(
+            f"draft {folder} proposes {config.draft_vocab_size} of {config.vocab_size} tokens but "
+            "its model.safetensors has no d2t that says which; save it with the weights."
+        )
+    ids = tensors["d2t"].astype(np.int32) + place
+    if (
+        len(ids) != len(place)
+        or (np.diff(ids) <= 0).any()
+        or not 0 <= ids.min() <= ids.max() < (config.vocab_size)
+    ):
+        raise ValueError(
+            f"d2t of draft {folder} does not give {len(place)} ascending ids below "
+            f"{config.vocab_size}; use the file that was saved with the weights."
+        )
+    return ids
+
+
+def _layer(described: dict[str, Any]) -> dict[str, Any]:
+    return described.get("transformer_layer_config") or {}
