@@ -44,7 +44,7 @@ class Projected(NamedTuple):
 
     query: Float[Array, "B S H n"]
     memory: RowCache
-    index: IndexQuery | None
+    indexing: IndexQuery | None
 
 
 def init_cache(config: TargetConfig, batch: int, capacity: int, dtype: Any) -> Any:
@@ -78,9 +78,9 @@ def extend(
         projected = project(config, weights, normed, angle)
         memory = write(cached, projected.memory, rows.position)
         selected = carry.selected
-        index = projected.index
-        if index is not None and memory.index_key is not None:
-            scores = index_scores(index.query, memory.index_key, index.weight)
+        indexing = projected.indexing
+        if indexing is not None and memory.index_key is not None:
+            scores = index_scores(indexing.query, memory.index_key, indexing.weight)
             selected = select_top(scores, visible, config.index_topk)
         x = carry.x + attend(config, weights, projected.query, memory.key, selected)
         x = x + feed_forward(config, weights.mlp, x)

@@ -44,6 +44,7 @@ def test_the_kinds_of_glm_5_2_are_read_from_its_config():
         8,
     )
     described = sizes | GLM_5_2 | {"model_type": "glm_moe_dsa", "first_k_dense_replace": 3}
+    described["rope_parameters"] = {"rope_theta": 8e6, "rope_type": "default"}
     assert list(config_from_json(described).layer_kinds) == glm_kinds()
 
 
