@@ -67,6 +67,10 @@ def markdown(report: dict[str, Any]) -> str:
         + ".",
         "",
         *_elsewhere(greedy),
+        "Tokens per second are those of decoding, the prompt already read. Reading all prompts "
+        f"took {greedy['prompt_seconds']:.2f} s with the draft, "
+        f"{greedy['plain_prompt_seconds']:.2f} s without.",
+        "",
         "Looping answers repeat one short piece at their end; repetition flatters a draft.",
         "",
         "![loss](loss.png) ![acceptance](acceptance.png) ![confidence](confidence.png)",
@@ -82,7 +86,7 @@ def _elsewhere(greedy: dict[str, Any]) -> list[str]:
         return []
     return [
         f"`generate` of transformers {found['transformers']} (torch {found['torch']}) on the same "
-        f"files, plain greedy: {found['tokens_per_second']:.0f} tokens/s.",
+        f"files, plain greedy, prompts included: {found['tokens_per_second']:.0f} tokens/s.",
         "",
     ]
 

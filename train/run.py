@@ -225,9 +225,20 @@ def closing(
     console.print(f"report     {settings.output / 'report.md'}")
     console.print(
         "next       "
-        + shlex.join(["python", "-m", "dspark_jax.train", *arguments])
+        + shlex.join(["python", "-m", "dspark_jax.train", *repeated(arguments)])
         + f" --warm-start {checkpoint} --steps 2000 --output {settings.output}-longer"
     )
+
+
+def repeated(arguments: Sequence[str]) -> list[str]:
+    """The command line's flags but those that the closing line gives anew."""
+    kept, skip = [], False
+    for word in arguments:
+        anew = word.split("=")[0] in ("--steps", "--output", "--warm-start")
+        if not (anew or skip):
+            kept.append(word)
+        skip = anew and "=" not in word
+    return kept
 
 
 def report_answers(bar: Bar, settings: TrainSettings, done: int, total: int) -> None:

@@ -30,12 +30,14 @@ class LayerNormWeights(NamedTuple):
 class MlpWeights(NamedTuple):
     """A SwiGLU, or all experts as one wide SwiGLU whose shared part comes last.
 
-    `into` is [gate | up], in a float32 model after the router's columns; else the router stays
-    apart, because its product must be float32.
+    In a float32 model the router's columns stand before the gate's; else the router stays apart,
+    because its product must be float32. Gate and up stay apart: one product of both is slower for
+    the rows of a block.
     """
 
     norm: Float[Array, "D"]
-    into: Float[Array, "D n"]
+    gate: Float[Array, "D n"]
+    up: Float[Array, "D i"]
     down: Float[Array, "i D"]
     router: Float[Array, "D E"] | None
     router_bias: Float[Array, "E"] | None
@@ -144,18 +146,19 @@ def lay_out_mlp(layer: GlmLayer) -> MlpWeights:
     gate, up = [shared.gate_proj.kernel[...]], [shared.up_proj.kernel[...]]
     down = [shared.down_proj.kernel[...]]
     if not isinstance(mlp, Moe):
-        return MlpWeights(norm, jnp.concatenate(gate + up, axis=-1), down[0], None, None)
+        return MlpWeights(norm, gate[0], up[0], down[0], None, None)
     experts, size = mlp.experts, gate[0].shape[0]
     gate.insert(0, experts.gate_proj[...].reshape(size, -1))
     up.insert(0, experts.up_proj[...].reshape(size, -1))
     down.insert(0, experts.down_proj[...].reshape(-1, size))
     router = mlp.gate.kernel[...]
-    into = [router] if router.dtype == jnp.float32 else []
+    exact = router.dtype == jnp.float32
     return MlpWeights(
         norm=norm,
-        into=jnp.concatenate(into + gate + up, axis=-1),
+        gate=jnp.concatenate([router, *gate] if exact else gate, axis=-1),
+        up=jnp.concatenate(up, axis=-1),
         down=jnp.concatenate(down, axis=0),
-        router=None if into else router,
+        router=None if exact else router,
         router_bias=mlp.gate.e_score_correction_bias[...],
     )
 

@@ -159,16 +159,15 @@ def feed_forward(
 ) -> Float[Array, "B S D"]:
     """The MLP's residual update; of experts, all run and those not chosen weigh nothing."""
     normed = rms_norm(x, weights.norm, config.rms_norm_eps)
+    up = matmul(normed, weights.up)
     if weights.router_bias is None:
-        gate, up = jnp.split(matmul(normed, weights.into), 2, axis=-1)
-        return matmul(jax.nn.silu(gate) * up, weights.down)
+        return matmul(jax.nn.silu(matmul(normed, weights.gate)) * up, weights.down)
     if weights.router is None:
-        into = exact_matmul(normed, weights.into)
-        routed, into = jnp.split(into, [config.n_routed_experts], axis=-1)
+        gate = exact_matmul(normed, weights.gate)
+        routed, gate = jnp.split(gate, [config.n_routed_experts], axis=-1)
     else:
-        into = matmul(normed, weights.into)
+        gate = matmul(normed, weights.gate)
         routed = exact_matmul(normed, weights.router)
-    gate, up = jnp.split(into, 2, axis=-1)
     weight = route(routed, weights.router_bias, config, config.n_shared_experts).weight
     hidden = (jax.nn.silu(gate) * up).reshape(*weight.shape, -1)
     hidden = hidden * weight[..., None].astype(x.dtype)
