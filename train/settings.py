@@ -104,7 +104,15 @@ GLM_5_2 = DraftOptions(
     markov_rank=256,
 )
 PRESETS = {
-    "tiny": TrainSettings(),
+    # A narrow draft of one layer: more would cost the small target more than they bring. The
+    # divergence makes the first steps count, where total variation has next to no gradient.
+    "tiny": TrainSettings(
+        steps=1000,
+        batch_rows=2,
+        conversations=3072,
+        loss_kl_div=1.0,
+        draft=DraftOptions(num_layers=1, intermediate_size=384),
+    ),
     "qwen3-8b": TrainSettings(
         output=Path("runs/qwen3-8b"),
         sequence_length=4096,
