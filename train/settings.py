@@ -110,6 +110,7 @@ PRESETS = {
         steps=1000,
         batch_rows=2,
         conversations=3072,
+        serve_prompts=48,
         loss_kl_div=1.0,
         draft=DraftOptions(num_layers=1, intermediate_size=384),
     ),
