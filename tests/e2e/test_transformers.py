@@ -1,6 +1,7 @@
 """transformers itself reads the embedded target and computes the same, where torch is installed."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +15,19 @@ from dspark_jax.train.transformers_speed import measure_transformers
 QUESTION = [{"role": "user", "content": 'def add(a, b):\n    """Add two numbers."""'}]
 
 
-def test_the_embedded_target_gives_the_logits_of_transformers() -> None:
+def test_the_embedded_target_gives_the_logits_of_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch = pytest.importorskip("torch")
+
+    # Keys that no index head likes score exactly zero, and among equals torch keeps any, we the
+    # earlier one: give torch the same rule.
+    def first_of_equals(x: Any, k: int, dim: int = -1, **_: Any) -> Any:
+        values, indices = torch.sort(x, dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+    monkeypatch.setattr(torch, "topk", first_of_equals)
+    monkeypatch.setattr(torch.Tensor, "topk", first_of_equals)
     transformers = pytest.importorskip("transformers")
     loaded = load_target(embedded("tiny-glm"), ())
     model = transformers.AutoModelForCausalLM.from_pretrained(
