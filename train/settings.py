@@ -107,7 +107,7 @@ PRESETS = {
     # A narrow draft of one layer: more would cost the small target more than they bring. The
     # divergence makes the first steps count, where total variation has next to no gradient.
     "tiny": TrainSettings(
-        steps=1000,
+        steps=1200,
         batch_rows=2,
         conversations=3072,
         serve_prompts=48,
