@@ -73,7 +73,7 @@ def save_draft(
 
 def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np.ndarray]:
     """(config, params, target_id) of a draft folder; ValueError when it does not fit the target."""
-    described = read_json(folder / "config.json", "draft")
+    described = read_description(folder)
     check_sizes(folder, described, target)
     config = config_from_json(described)
     if max(config.aux_layer_ids) > target.num_hidden_layers:
@@ -92,7 +92,7 @@ def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
 
     Keys that its config.json lacks are not compared: a DFlash draft knows none of the heads'.
     """
-    described = read_json(folder / "config.json", "draft")
+    described = read_description(folder)
     check_sizes(folder, described, config)
     ours = config_to_json(config, "", [], "bfloat16")
     for part, wanted in (described, ours), (_layer(described), _layer(ours)):
@@ -107,6 +107,19 @@ def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
     reduced = config.draft_vocab_size < config.vocab_size
     ids = target_ids(folder, tensors, config) if reduced else None
     return WarmStart(nnx.state(drafter, nnx.Param), ids, drawn)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """config.json of a draft; ValueError when the folder is something else."""
+    if not folder.is_dir():
+        raise ValueError(f"draft {folder} is no folder; give OUTPUT/checkpoints/step_N of a run.")
+    described = read_json(folder / "config.json", "draft")
+    if "speculators_model_type" not in described:
+        raise ValueError(
+            f"config.json of {folder} describes no draft (it has no speculators_model_type); give "
+            "OUTPUT/checkpoints/step_N of a run."
+        )
+    return described
 
 
 def check_sizes(

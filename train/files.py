@@ -37,13 +37,16 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
     Raises ValueError when the folder is no target, or its tokenizer knows more tokens than the
     target's embedding has rows.
     """
+    if not folder.is_dir():
+        raise ValueError(f"target {folder} is no folder; give one in Hugging Face layout.")
     folder = folder.resolve()
     described = read_json(folder / "config.json", "target")
     config = glm_weights.config_from_json(described, aux_layer_ids=aux_layer_ids)
     if config.num_hidden_layers < max(aux_layer_ids, default=0):
         raise ValueError(
             f"aux_layer_ids {list(aux_layer_ids)} do not fit target {folder} of "
-            f"{config.num_hidden_layers} layers; give numbers from 0 to {config.num_hidden_layers}."
+            f"{config.num_hidden_layers} layers; give numbers from 0 to "
+            f"{config.num_hidden_layers}, or the --target that they are meant for."
         )
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:

@@ -60,6 +60,10 @@ def prove(
             config.draft_length + 1,
         )
         found |= parting._asdict() | {"near_tie": parting.margin < NEAR_TIE}
+    for part in served.values():
+        for prompt in part["prompts"]:
+            for name in ("prompt", "answer"):
+                prompt[name] = loaded.tokenizer.decode(prompt[f"{name}_token_ids"])
     return {
         "validation": validation.table,
         "served": served,

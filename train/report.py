@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+EXAMPLES = 3
+
 
 def write_report(
     output: Path,
@@ -31,6 +33,7 @@ def markdown(report: dict[str, Any]) -> str:
         "# DSpark training report",
         "",
         f"Target `{report['target']}`, draft `{report['checkpoint']}`, {report['steps']} steps.",
+        f"`{report['command']}` on {report['machine']}; other work on it slows what is timed.",
         "",
         "## Validation (teacher-forced, held-out conversations)",
         "",
@@ -38,7 +41,7 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|",
     ]
     for name, value in validation.items():
-        if isinstance(value, float):
+        if isinstance(value, float) and name != "blocks":
             lines.append(f"| {name.replace('_', ' ')} | {value:.3f} |")
     accuracy = " / ".join(f"{x:.3f}" for x in validation["position_accuracy"] if x is not None)
     lines += [f"| position accuracy | {accuracy} |", "", "## Served (real decoding, batch 1)", ""]
@@ -71,12 +74,21 @@ def markdown(report: dict[str, Any]) -> str:
         f"took {greedy['prompt_seconds']:.2f} s with the draft, "
         f"{greedy['plain_prompt_seconds']:.2f} s without.",
         "",
-        "Looping answers repeat one short piece at their end; repetition flatters a draft.",
+        "Looping answers repeat one short piece at their end; repetition can flatter a draft.",
         "",
         "![loss](loss.png) ![acceptance](acceptance.png) ![confidence](confidence.png)",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + _examples(greedy))
+
+
+def _examples(greedy: dict[str, Any]) -> list[str]:
+    """The first answers as text, so that there is something to read."""
+    lines = ["## Answers (greedy, as the target alone would give them)", ""]
+    for prompt in greedy["prompts"][:EXAMPLES]:
+        rounds = f"{len(prompt['answer_token_ids'])} tokens in {prompt['rounds']} rounds"
+        lines += [f"{rounds}:", "", "`````", prompt["prompt"] + prompt["answer"], "`````", ""]
+    return lines
 
 
 def _elsewhere(greedy: dict[str, Any]) -> list[str]:

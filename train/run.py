@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import platform
 import shlex
 import time
 from collections.abc import Sequence
@@ -88,6 +90,7 @@ def run(settings: TrainSettings, arguments: Sequence[str] = ()) -> bool:
     report = prove(settings, config, target, loaded, frozen, params, data, console)
     reliability = report.pop("reliability")
     report |= {"target": loaded.folder.name, "checkpoint": str(checkpoint), "steps": settings.steps}
+    report |= {"command": command(arguments), "machine": machine()}
     write_report(settings.output, report, curve, reliability)
     timed = data.prompts[:TRANSFORMERS_PROMPTS]
     elsewhere = measure_transformers(loaded.folder, timed, settings.answer_tokens)
@@ -108,8 +111,14 @@ def check_settings(settings: TrainSettings) -> None:
         raise ValueError(
             f"held_out_share {settings.held_out_share} is no share; use a number between 0 and 1."
         )
-    if settings.loss_decay <= 0:
-        raise ValueError(f"loss_decay is {settings.loss_decay}; use a positive number of slots.")
+    for name in ("loss_decay", "learning_rate"):
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"{name} is {getattr(settings, name)}; use a positive number.")
+    if settings.warm_start is not None and settings.output in settings.warm_start.parents:
+        raise ValueError(
+            f"--output {settings.output} holds the draft {settings.warm_start} to start from, "
+            "which the run would replace; give another --output."
+        )
     if settings.hidden_states is not None and settings.data is None:
         raise ValueError(
             f"--hidden-states {settings.hidden_states} needs --data: files are numbered by the "
@@ -225,8 +234,24 @@ def closing(
     console.print(f"report     {settings.output / 'report.md'}")
     console.print(
         "next       "
-        + shlex.join(["python", "-m", "dspark_jax.train", *repeated(arguments)])
-        + f" --warm-start {checkpoint} --steps 2000 --output {settings.output}-longer"
+        + command(
+            [*repeated(arguments), "--warm-start", str(checkpoint), "--steps", "2000"]
+            + ["--output", f"{settings.output}-longer"]
+        )
+    )
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line as it can be typed again."""
+    return shlex.join(["python", "-m", "dspark_jax.train", *arguments])
+
+
+def machine() -> str:
+    """What the numbers were taken on."""
+    device = jax.devices()[0]
+    return (
+        f"{jax.device_count()} {device.device_kind} ({device.platform}), {os.cpu_count()} CPU "
+        f"cores, Python {platform.python_version()}, jax {jax.__version__}"
     )
 
 

@@ -18,7 +18,6 @@ LAYERS, VOCABULARY, WIDTH = (
 GOOD = json.dumps(
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
 )
-SHAPE_OF_DRAFT: tuple[str, ...] = ()
 ODD_LINE_ENDS = GOOD.replace('"b"', '"b\u2028b\u0085b"')
 LONG_QUESTION = GOOD.replace('"a"', f'"{"a " * 400}"')
 QUESTION = json.dumps({"conversations": [{"from": "human", "value": "a"}]})
@@ -123,7 +122,7 @@ def test_a_draft_for_another_target_is_refused(tmp_path: Path) -> None:
 def test_a_warm_start_that_would_mean_something_else_is_refused(
     tmp_path: Path, flags: tuple[str, ...], said: str
 ) -> None:
-    message = refusal(tmp_path, "--warm-start", DRAFT, *SHAPE_OF_DRAFT, *flags)
+    message = refusal(tmp_path, "--warm-start", DRAFT, *flags)
     assert said in message and "but this run asks for" in message
 
 
@@ -131,6 +130,10 @@ def test_a_warm_start_that_would_mean_something_else_is_refused(
     ("flags", "said"),
     [
         (("--steps", "0"), "steps is 0"),
+        (("--learning-rate", "-1"), "learning_rate is -1.0"),
+        (("--target", "/nonexistent"), "is no folder"),
+        (("--warm-start", str(TINY)), "describes no draft"),
+        (("--preset", "glm-5.2"), "--target that they are meant for"),
         (("--max-anchors", "0"), "max_anchors is 0"),
         (("--loss-decay", "0"), "loss_decay is 0"),
         (("--held-out-share", "1"), "held_out_share 1.0"),
