@@ -17,7 +17,7 @@ from dspark_jax.config import DraftConfig
 from dspark_jax.draft_layer import DecoderLayer, block_mask
 from dspark_jax.drafter import Drafter, base_logits, block_positions
 from dspark_jax.heads import ConfidenceHead, MarkovHead
-from dspark_jax.layers import matmul, rms_norm, rope_angles, rotate_half
+from dspark_jax.layers import matmul, product, rms_norm, rope_angles, rotate_half
 from dspark_jax.sampling import choose, sampling_noise
 from dspark_jax.stack import members
 from dspark_jax.types import DraftCache, Frozen, Proposal
@@ -169,8 +169,8 @@ def attend(
     query = rotate_half(rms_norm(query, layer.query_norm, config.rms_norm_eps), angle)
     key = rotate_half(rms_norm(key, layer.key_norm, config.rms_norm_eps), angle)
     query = query.reshape(B, K, shared, heads // shared, dim)
-    over_context = _product("bkhgd,bhcd->bhgkc", query, context[0])
-    over_block = _product("bkhgd,bjhd->bhgkj", query, key)
+    over_context = product("bkhgd,bhcd->bhgkc", query, context[0])
+    over_block = product("bkhgd,bjhd->bhgkj", query, key)
     scores = jnp.concatenate(
         [
             jnp.where(context_seen[:, None, None, None], over_context, -jnp.inf),
@@ -180,8 +180,8 @@ def attend(
     )
     probs = jax.nn.softmax(scores * dim**-0.5, axis=-1).astype(normed.dtype)
     on_context, on_block = jnp.split(probs, [context[0].shape[2]], axis=-1)
-    out = _product("bhgkc,bhcd->bhgkd", on_context, context[1])
-    out = out + _product("bhgkj,bjhd->bhgkd", on_block, value)
+    out = product("bhgkc,bhcd->bhgkd", on_context, context[1])
+    out = out + product("bhgkj,bjhd->bhgkd", on_block, value)
     return jnp.moveaxis(out, 3, 1).astype(normed.dtype).reshape(B, K, -1)
 
 
@@ -234,7 +234,3 @@ def confidences(
     if decoder.confidence_head is None:
         return jnp.ones(hidden.shape[:2])
     return jax.nn.sigmoid(decoder.confidence_head(hidden, embedding))
-
-
-def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

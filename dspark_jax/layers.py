@@ -32,6 +32,11 @@ def exact_matmul(
     return jnp.matmul(*wide, precision=jax.lax.Precision.HIGHEST)
 
 
+def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum accumulated and returned in float32."""
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
 class Linear(nnx.Module):
     """`x @ kernel (+ bias)`."""
 

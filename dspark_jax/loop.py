@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dspark_jax.acceptance import accept
+from dspark_jax.sampling import salted
 from dspark_jax.types import DecodeState, Draft, Frozen, Proposal, Rows, Target, Verdict
 
 DRAFT_SALT, VERIFY_SALT = 11, 12
@@ -101,7 +102,7 @@ def decode_step(
             state.draft_cache,
             state.length,
             state.anchor,
-            _salted(round_keys, DRAFT_SALT),
+            salted(round_keys, DRAFT_SALT),
             request.temperature,
         )
     with jax.named_scope("verify"):
@@ -116,7 +117,7 @@ def decode_step(
             weights.frozen.target_id,
             verify_length,
             request.temperature,
-            _salted(round_keys, VERIFY_SALT),
+            salted(round_keys, VERIFY_SALT),
         )
     with jax.named_scope("commit"):
         position = kept_positions(state, rows.position, verdict)
@@ -159,10 +160,6 @@ def emit(state: DecodeState, proposal: Proposal, verdict: Verdict) -> Emitted:
     drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     tokens = jnp.where(slot == verdict.accepted[:, None], verdict.bonus[:, None], drafts)
     return Emitted(tokens, jnp.where(state.active, verdict.accepted + 1, 0))
-
-
-def _salted(keys: Key[Array, "B"], salt: int) -> Key[Array, "B"]:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, salt)
 
 
 def cache_capacity(cache: Any) -> int:

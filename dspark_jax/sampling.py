@@ -22,6 +22,11 @@ def sampling_noise(
     return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + words[:, 0]) ^ words[:, 1]))
 
 
+def salted(keys: Key[Array, "B"], salt: int) -> Key[Array, "B"]:
+    """The keys of another purpose within the same round."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, salt)
+
+
 def gumbel(bits: UInt32[Array, "*any"]) -> Float[Array, "*any"]:
     """Gumbel noise from random bits, always finite.
 

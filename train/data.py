@@ -38,9 +38,11 @@ def load_data(
     target: Target,
     loaded: LoadedTarget,
     given: list[Messages] | None,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int, int], None],
 ) -> Data:
-    """Tokenise the `given` conversations of `--data`, or make some; `progress(done, total)`.
+    """Tokenise the `given` conversations of `--data`, or make some.
+
+    `progress(done, total, tokens)` follows the making.
 
     The last `held_out_share` of given data is held out (speculators' rule); regenerated data holds
     out prompts from source files that the embedded target never trained on.
@@ -76,7 +78,7 @@ def regenerate(
     settings: TrainSettings,
     target: Target,
     loaded: LoadedTarget,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int, int], None],
 ) -> tuple[list[Messages], list[Messages]]:
     """Conversations answered by the target, written to OUTPUT/data and reused when they match."""
     folder = settings.output / "data"
@@ -100,12 +102,12 @@ def regenerate(
         files[0]: fit(prompts.train, wanted=settings.conversations),
         files[1]: fit(prompts.held_out, wanted=kept),
     }
-    total, done = sum(map(len, wanted.values())), 0
+    total, done, made_tokens = sum(map(len, wanted.values())), 0, 0
 
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        progress(done, total)
+    def count(answers: int, tokens: int) -> None:
+        nonlocal done, made_tokens
+        done, made_tokens = done + answers, made_tokens + tokens
+        progress(done, total, made_tokens)
 
     made = []
     for path, texts in wanted.items():

@@ -52,7 +52,7 @@ def explain(
     start, length = jnp.int32(len(prompt) - 1), jnp.int32(len(agreed))
     wide = _replay(target, width, params, tokens, start, length)
     narrow = _replay(one_token or target, 1, params, tokens, start, length)
-    size = jnp.max(jnp.abs(wide), axis=-1)
+    size = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30)  # rows of the prompt are not read
     difference = np.asarray(jnp.max(jnp.abs(wide - narrow), axis=-1) / size)[: len(agreed)]
     jumps = np.flatnonzero(difference > ROUNDING)
     router, top_k, two = map(np.asarray, _margins(target, params, tokens))

@@ -56,11 +56,11 @@ def answer(
     ends: tuple[int, ...],
     batch: int,
     seed: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None],
 ) -> list[Messages]:
     """Conversations of the given prompts with the target's own answers at temperature 1.
 
-    No prompt may have more than `longest_prompt` tokens; `progress(n)` hears of every n answers.
+    No prompt may have more than `longest_prompt` tokens; `progress(n, tokens)` hears of n more.
     """
     asked = [[{"role": "user", "content": text}] for text in texts]
     prompts = [(messages, prompt_tokens(tokenizer, messages)) for messages in asked]
@@ -78,7 +78,7 @@ def answer(
             ids = [t for t in tokens[i, : count[i]] if t not in ends]
             reply = {"role": "assistant", "content": tokenizer.decode(ids)}
             conversations.append([*messages, reply])
-        progress(len(group))
+        progress(len(group), int(count[: len(group)].sum()))
     return conversations
 
 

@@ -67,8 +67,7 @@ def run(settings: TrainSettings, arguments: Sequence[str] = ()) -> bool:
         f"{config.markov_rank}); {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
     with Bar(console, "answers", ("tokens/s",)) as bar:
-        report_progress = partial(report_answers, bar, settings)
-        data = load_data(settings, target, loaded, given, report_progress)
+        data = load_data(settings, target, loaded, given, partial(report_answers, bar))
     source = states_source(settings, config, target, loaded, data)
     (settings.output / "config.json").write_text(
         json.dumps(dataclasses.asdict(settings), indent=1, default=str) + "\n"
@@ -266,9 +265,9 @@ def repeated(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def report_answers(bar: Bar, settings: TrainSettings, done: int, total: int) -> None:
-    """Progress of regeneration; answers count as full length."""
-    bar.show(done, total, {"tokens/s": done * settings.answer_tokens / max(bar.seconds(), 1e-9)})
+def report_answers(bar: Bar, done: int, total: int, tokens: int) -> None:
+    """Progress of regeneration."""
+    bar.show(done, total, {"tokens/s": tokens / max(bar.seconds(), 1e-9)})
 
 
 def count(params: Any) -> int:

@@ -12,6 +12,7 @@ from dspark_jax.layers import (
     exact_matmul,
     layer_norm,
     matmul,
+    product,
     rms_norm,
     rope_angles,
     rotate_half,
@@ -145,9 +146,9 @@ def attend(
     selected: Bool[Array, "B S C"],
 ) -> Float[Array, "B S D"]:
     """Attention in the latent space: every head reads the same memory."""
-    scores = _product("bshn,bcn->bshc", query, memory) * config.qk_head_dim**-0.5
+    scores = product("bshn,bcn->bshc", query, memory) * config.qk_head_dim**-0.5
     probs = masked_softmax(scores, selected[:, :, None]).astype(memory.dtype)
-    mixed = _product("bshc,bcn->bshn", probs, memory)[..., : config.kv_lora_rank]
+    mixed = product("bshc,bcn->bshn", probs, memory)[..., : config.kv_lora_rank]
     mixed = mixed.astype(memory.dtype)
     if weights.value is not None:
         mixed = _by_head(mixed, weights.value)
@@ -193,9 +194,5 @@ def _rotate_first(
 
 def _by_head(x: Float[Array, "B S H i"], kernel: Float[Array, "H i o"]) -> Float[Array, "B S H o"]:
     """Every head through its own matrix; heads go first, as XLA's CPU needs them in bfloat16."""
-    product = _product("hbsi,hio->hbso", jnp.moveaxis(x, 2, 0), kernel)
-    return jnp.moveaxis(product, 0, 2).astype(x.dtype)
-
-
-def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    heads_first = product("hbsi,hio->hbso", jnp.moveaxis(x, 2, 0), kernel)
+    return jnp.moveaxis(heads_first, 0, 2).astype(x.dtype)

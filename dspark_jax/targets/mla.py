@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.layers import Linear, RMSNorm, rotate_interleaved
+from dspark_jax.layers import Linear, RMSNorm, product, rotate_interleaved
 from dspark_jax.targets.indexer import Indexer
 
 
@@ -74,10 +74,10 @@ class Mla(nnx.Module):
         c, (b, s, _) = self.config, memory.latent.shape
         heads = self.kv_b_proj(memory.latent).reshape(b, s, c.num_attention_heads, -1)
         key, value = jnp.split(heads, [c.qk_nope_head_dim], axis=-1)
-        scores = _product("bthn,bshn->bhts", query.nope, key)
-        scores = scores + _product("bthp,bsp->bhts", query.rope, memory.rope)
+        scores = product("bthn,bshn->bhts", query.nope, key)
+        scores = scores + product("bthp,bsp->bhts", query.rope, memory.rope)
         probs = masked_softmax(scores * c.qk_head_dim**-0.5, visible[:, None])
-        out = _product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
+        out = product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), jnp.mean(probs, axis=1)
 
 
@@ -89,7 +89,3 @@ def masked_softmax(
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
     weight = jnp.exp(scores - jax.lax.stop_gradient(top))
     return weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
-
-
-def _product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

@@ -12,13 +12,14 @@ from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.files import embedded, load_target
 from dspark_jax.train.transformers_speed import measure_transformers
 
+OPTIONAL = "PyTorch is not a dependency; where it is installed transformers is the yardstick"
 QUESTION = [{"role": "user", "content": 'def add(a, b):\n    """Add two numbers."""'}]
 
 
 def test_the_embedded_target_gives_the_logits_of_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason=OPTIONAL)
 
     # Keys that no index head likes score exactly zero, and among equals torch keeps any, we the
     # earlier one: give torch the same rule.
@@ -28,7 +29,8 @@ def test_the_embedded_target_gives_the_logits_of_transformers(
 
     monkeypatch.setattr(torch, "topk", first_of_equals)
     monkeypatch.setattr(torch.Tensor, "topk", first_of_equals)
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     loaded = load_target(embedded("tiny-glm"), ())
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(loaded.folder), dtype=torch.float32
@@ -46,7 +48,7 @@ def test_the_embedded_target_gives_the_logits_of_transformers(
 
 
 def test_its_generate_is_timed_on_the_same_files() -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason=OPTIONAL)
     loaded = load_target(embedded("tiny-glm"), ())
     found = measure_transformers(loaded.folder, [prompt_tokens(loaded.tokenizer, QUESTION)], 8)
     assert found is not None and 0 < found["tokens"] <= 8 and found["tokens_per_second"] > 0

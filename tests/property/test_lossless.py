@@ -53,7 +53,7 @@ def table_target() -> Target:
         return cache, TargetStates(table.aux[pair], jax.nn.one_hot(pair, V * V))
 
     def missing(*_: Any) -> Any:
-        raise NotImplementedError
+        raise AssertionError("decoding needs only extend and logits")
 
     return Target(
         config=None,
