@@ -1,31 +1,35 @@
 """Conversations on disk: JSONL in, token rows with the trained tokens marked out."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ROLES["system"] = "system"
-
-Messages = list[dict[str, str]]
+from dspark_jax.train.messages import messages_of, tools_of
+from dspark_jax.train.tokenise import Conversation, Messages, Row, render, tokenise
 
 
-class Row(NamedTuple):
-    """One tokenised conversation; `loss_mask` is true on the tokens of answers."""
+class Tokenised(NamedTuple):
+    """A line of tokens already made, not yet compared with a tokenizer."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
+    where: str
 
 
-def read_conversations(path: Path) -> list[Messages]:
-    """All conversations of a JSONL file, or of every *.jsonl in a folder in name order.
+Example = Conversation | Tokenised
 
-    A line is {"conversations": [{"from": "human", "value": …}, …]} or {"messages": [{"role": …,
-    "content": …}, …]}; either list may use either spelling. Raises ValueError with file and line.
+
+def read_conversations(path: Path) -> list[Example]:
+    """Every line of a JSONL file, or of every *.jsonl in a folder in name order.
+
+    A line is one of these, and a file may mix them:
+    {"conversations": [{"from": "human", "value": …}, …]}, ShareGPT's;
+    {"messages": [{"role": …, "content": …}, …], "tools": […]}, OpenAI's;
+    {"input_ids": [int, …], "loss_mask": [0 or 1, …]}, tokens.
+    Raises ValueError with file and line.
     """
     if not path.exists():
         raise ValueError(f"data {path} does not exist; give a JSONL file or a folder of them.")
@@ -34,14 +38,14 @@ def read_conversations(path: Path) -> list[Messages]:
         raise ValueError(
             f"data {path} holds no *.jsonl file; give a JSONL file or a folder of them."
         )
-    conversations = [_conversation(*line) for file in files for line in _lines(file)]
-    if not conversations:
+    examples = [_example(*line) for file in files for line in _lines(file)]
+    if not examples:
         raise ValueError(f"data {path} holds no conversation; every line is one JSON object.")
-    return conversations
+    return examples
 
 
 def write_conversations(path: Path, conversations: Iterable[Messages]) -> None:
-    """Write the format that `read_conversations` reads."""
+    """Write plain turns in the first format that `read_conversations` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     with path.open("w", encoding="utf-8") as file:
@@ -50,40 +54,28 @@ def write_conversations(path: Path, conversations: Iterable[Messages]) -> None:
             file.write(json.dumps({"conversations": turns}) + "\n")
 
 
-def tokenise(tokenizer: Any, messages: Messages) -> Row:
-    """Render with the chat template and mark what the assistant wrote.
+def tokenise_all(tokenizer: Any, examples: Sequence[Example], what: Path | str) -> list[Row]:
+    """Rows of all examples, in order: of a conversation as many as `tokenise` makes.
 
-    An answer is what a turn adds to the rendering that ends in the generation prompt, its end
-    token included; no pattern of the template is assumed.
+    Hidden-state files are numbered by these rows, which are one a line unless a template rewrites
+    earlier turns or a conversation has no answer. Raises ValueError with file and line.
     """
-    full = _render(tokenizer, messages, False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:i], True)
-            after = _render(tokenizer, messages[: i + 1], False)
-            if not (after.startswith(before) and full.startswith(after)):
-                raise ValueError(
-                    "the chat template rewrites earlier turns when later ones follow, so the "
-                    f"answer of turn {i + 1} has no place of its own; use a template that appends."
-                )
-            spans.append((len(before), len(after)))
-    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-    starts = np.array([start for start, _ in encoded["offset_mapping"]])
-    mask = np.zeros(len(starts), bool)
-    for begin, end in spans:
-        mask |= (starts >= begin) & (starts < end)
-    return Row(np.array(encoded["input_ids"], np.int32), mask)
-
-
-def tokenise_all(tokenizer: Any, conversations: Sequence[Messages], path: Path | str) -> list[Row]:
-    """Rows of all conversations; ValueError names one that the chat template refuses."""
-    rows = []
-    for number, messages in enumerate(conversations, 1):
+    rows: list[Row] = []
+    vocab_size = len(tokenizer)
+    for number, example in enumerate(examples, 1):
+        where = example.where or f"conversation {number} of {what}"
+        if isinstance(example, Tokenised):
+            rows.append(_row(example, vocab_size))
+            continue
         try:
-            rows.append(tokenise(tokenizer, messages))
-        except (TemplateError, ValueError) as error:
-            raise ValueError(f"conversation {number} of {path} cannot be used: {error}") from error
+            rows += tokenise(tokenizer, example)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ValueError(f"{where} cannot be used: {error}") from error
+    if not rows:
+        raise ValueError(
+            f"none of {len(examples)} {what} has a trainable token; each needs an assistant turn "
+            "whose weight is not 0."
+        )
     return rows
 
 
@@ -91,23 +83,22 @@ def check_trainable(rows: Sequence[Row], length: int, what: str) -> None:
     """Raise ValueError when no row has a trained token among its first `length`."""
     if not any(row.loss_mask[:length].any() for row in rows):
         raise ValueError(
-            f"none of {len(rows)} {what} has a trainable token among its first {length}; each "
-            "needs an assistant turn, and --sequence-length must reach a block beyond the prompts."
+            f"none of {len(rows)} rows of the {what} has a trainable token among its first "
+            f"{length}; each needs an assistant turn, and --sequence-length must reach a block "
+            "beyond the prompts."
         )
 
 
-def prompt_tokens(tokenizer: Any, messages: Messages) -> np.ndarray:
+def prompt_tokens(
+    tokenizer: Any, messages: Messages, tools: list[dict[str, Any]] | None = None
+) -> np.ndarray:
     """The first user turn, ready for an answer."""
     first = next(i for i, m in enumerate(messages) if m["role"] == "user")
-    text = _render(tokenizer, messages[: first + 1], True)
+    text = render(tokenizer, messages[: first + 1], tools, True)
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _render(tokenizer: Any, messages: Messages, prompt: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-
-def _lines(file: Path) -> Iterable[tuple[str, Any]]:
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -123,7 +114,9 @@ def _lines(file: Path) -> Iterable[tuple[str, Any]]:
                 ) from None
 
 
-def _conversation(where: str, value: Any) -> Messages:
+def _example(where: str, value: Any) -> Example:
+    if isinstance(value, Mapping) and "input_ids" in value:
+        return _tokenised(where, value)
     turns = None
     if isinstance(value, Mapping):
         turns = value.get("conversations", value.get("messages"))
@@ -132,20 +125,43 @@ def _conversation(where: str, value: Any) -> Messages:
             f'{where} has no list "conversations" or "messages"; write '
             '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}.'
         )
-    messages = [_message(where, turn) for turn in turns]
+    messages, untrained = messages_of(where, turns, value.get("system"))
     if messages[0]["role"] == "assistant":
         raise ValueError(f"{where} begins with an answer; begin with a human or system turn.")
-    return messages
+    return Conversation(messages, tools_of(where, value.get("tools")), untrained, where)
 
 
-def _message(where: str, turn: Any) -> dict[str, str]:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} has a turn that is {type(turn).__name__}, not an object.")
-    role = turn.get("from", turn.get("role"))
-    content = turn.get("value", turn.get("content"))
-    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
+def _tokenised(where: str, value: Mapping[str, Any]) -> Tokenised:
+    tokens, mask = _integers(value["input_ids"]), _integers(value.get("loss_mask"))
+    if tokens is None or mask is None or not np.isin(mask, (0, 1)).all():
         raise ValueError(
-            f"{where} has a turn with role {role!r} and text of type {type(content).__name__}; "
-            f"roles are {', '.join(ROLES)} and the text is a string."
+            f'{where} has no proper "input_ids" and "loss_mask"; write two lists of one length, '
+            "token ids and for each 1 (trained on) or 0."
         )
-    return {"role": ROLES[role], "content": content}
+    if len(tokens) != len(mask):
+        raise ValueError(
+            f"{where} has {len(tokens)} input_ids but a loss_mask of {len(mask)}; give one number "
+            "for each token."
+        )
+    return Tokenised(tokens, mask.astype(bool), where)
+
+
+def _integers(value: Any) -> np.ndarray | None:
+    """The list as an array, None when it is none of whole numbers."""
+    if not isinstance(value, list) or not all(isinstance(x, int) for x in value[:1]):
+        return None
+    try:
+        found = np.array(value)
+    except ValueError:  # lists within it
+        return None
+    return found if found.ndim == 1 and found.dtype.kind in "iub" else None
+
+
+def _row(given: Tokenised, vocab_size: int) -> Row:
+    wrong = given.tokens[(given.tokens < 0) | (given.tokens >= vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"{given.where} has token {wrong[0]}, but the tokenizer has {vocab_size} tokens; make "
+            "the rows with this target's tokenizer."
+        )
+    return Row(given.tokens.astype(np.int32), given.loss_mask)

@@ -1,16 +1,17 @@
 """A run's data: the user's conversations, or prompts the target answers itself; then token rows."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dspark_jax.train.conversations import (
-    Messages,
+    Example,
     Row,
+    Tokenised,
     check_trainable,
     prompt_tokens,
     read_conversations,
@@ -26,26 +27,32 @@ ANSWER_BATCH = 64
 
 
 class Data(NamedTuple):
-    """Rows to train on, rows to measure on, and held-out prompts to serve."""
+    """Rows to train on, rows to measure on, and held-out prompts to serve.
+
+    A row's number, which names its hidden-state file too, counts through `train` and on through
+    `held_out`. `sha256` is of all of them: whether a resumed run still has its data.
+    """
 
     train: list[Row]
     held_out: list[Row]
     prompts: list[np.ndarray]
+    sha256: str
 
 
 def load_data(
     settings: TrainSettings,
     target: Target,
     loaded: LoadedTarget,
-    given: list[Messages] | None,
+    given: list[Example] | None,
     progress: Callable[[int, int, int], None],
 ) -> Data:
     """Tokenise the `given` conversations of `--data`, or make some.
 
     `progress(done, total, tokens)` follows the making.
 
-    The last `held_out_share` of given data is held out (speculators' rule); regenerated data holds
-    out prompts from source files that the embedded target never trained on.
+    The last `held_out_share` of given data is held out (speculators' rule), counted in
+    conversations, so that no conversation is on both sides; regenerated data holds out prompts from
+    source files that the embedded target never trained on.
     """
     source = "the regenerated data" if settings.data is None else str(settings.data)
     if given is None:
@@ -58,20 +65,60 @@ def load_data(
                 f"{settings.held_out_share} leaves none to train on; give more, at least two."
             )
         train, held_out = given[:cut], given[cut:]
-    rows = tokenise_all(loaded.tokenizer, train + held_out, source)
-    tokenised = Data(rows[: len(train)], rows[len(train) :], [])
-    room = settings.sequence_length - settings.draft.block_size
-    check_trainable(tokenised.train, room, f"training conversations of {source}")
-    check_trainable(tokenised.held_out, room, f"held-out conversations of {source}")
-    asked = [m for m in held_out if any(turn["role"] == "user" for turn in m)]
-    prompts = [prompt_tokens(loaded.tokenizer, m) for m in asked]
+    rows = []
+    for examples, what in ((train, "training"), (held_out, "held-out")):
+        what = f"{what} conversations of {source}"
+        rows.append(tokenise_all(loaded.tokenizer, examples, what))
+        check_trainable(rows[-1], settings.sequence_length - settings.draft.block_size, what)
+    prompts = [p for example in held_out for p in asked(loaded.tokenizer, example)]
     prompts = [p for p in prompts if len(p) <= settings.prompt_tokens]
     if not prompts:
         raise ValueError(
             f"none of {len(held_out)} held-out conversations of {source} has a prompt of at most "
             f"{settings.prompt_tokens} tokens to serve; raise --prompt-tokens."
         )
-    return tokenised._replace(prompts=prompts[: settings.serve_prompts])
+    prompts = prompts[: settings.keeping.serve_prompts]
+    return Data(rows[0], rows[1], prompts, fingerprint(rows[0] + rows[1]))
+
+
+def asked(tokenizer: Any, example: Example) -> list[np.ndarray]:
+    """The prompt of an example, if it has one: its first question, or the tokens before its first
+    trained one."""
+    if isinstance(example, Tokenised):
+        before = int(example.loss_mask.argmax())
+        return [example.tokens[:before].astype(np.int32)] if before else []
+    if all(message["role"] != "user" for message in example.messages):
+        return []
+    return [prompt_tokens(tokenizer, example.messages, example.tools)]
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """SHA-256 over the tokens and masks of rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row.tokens).to_bytes(8, "little"))
+        digest.update(row.tokens.astype("<i4").tobytes())
+        digest.update(row.loss_mask.tobytes())
+    return digest.hexdigest()
+
+
+def describe(data: Data, sequence_length: int) -> str:
+    """One line on what is trained on, and on what `sequence_length` cuts off."""
+    rows = data.train
+    tokens = sum(len(row.tokens) for row in rows)
+    answers = sum(int(row.loss_mask.sum()) for row in rows)
+    text = (
+        f"data: {len(rows):,} training rows of {tokens:,} tokens, {answers / tokens:.0%} of them "
+        f"answers to train on; {len(data.held_out):,} rows held out"
+    )
+    long = [row for row in rows if len(row.tokens) > sequence_length]
+    if not long:
+        return text
+    lost = sum(int(row.loss_mask[sequence_length:].sum()) for row in long)
+    return text + (
+        f"; --sequence-length {sequence_length} cuts {len(long):,} training rows, which lose "
+        f"{lost:,} ({lost / answers:.1%}) of the answer tokens"
+    )
 
 
 def regenerate(
@@ -79,7 +126,7 @@ def regenerate(
     target: Target,
     loaded: LoadedTarget,
     progress: Callable[[int, int, int], None],
-) -> tuple[list[Messages], list[Messages]]:
+) -> tuple[list[Example], list[Example]]:
     """Conversations answered by the target, written to OUTPUT/data and reused when they match."""
     folder = settings.output / "data"
     recipe = {
@@ -109,7 +156,6 @@ def regenerate(
         done, made_tokens = done + answers, made_tokens + tokens
         progress(done, total, made_tokens)
 
-    made = []
     for path, texts in wanted.items():
         conversations = answer(
             target,
@@ -124,9 +170,8 @@ def regenerate(
             count,
         )
         write_conversations(path, conversations)
-        made.append(conversations)
     stamp.write_text(json.dumps(recipe, indent=1) + "\n")
-    return made[0], made[1]
+    return read_conversations(files[0]), read_conversations(files[1])
 
 
 def frequent_ids(rows: list[Row], vocab_size: int, draft_vocab_size: int) -> np.ndarray:
@@ -136,11 +181,3 @@ def frequent_ids(rows: list[Row], vocab_size: int, draft_vocab_size: int) -> np.
         np.add.at(count, row.tokens[row.loss_mask], 1)
     order = np.lexsort((np.arange(vocab_size), -count))
     return np.sort(order[:draft_vocab_size]).astype(np.int32)
-
-
-def check_output(path: Path) -> None:
-    """Make the output folder; ValueError when that cannot be."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output {path} cannot be made: {error}.") from error
