@@ -1,6 +1,8 @@
 """Every setting of a model, as frozen dataclasses: hashable and static under jit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 MarkovHeadType = Literal["vanilla", "gated", "rnn"]
@@ -53,6 +55,55 @@ class TargetConfig:
         return tuple(
             (kind, "dense" if i < dense else "sparse") for i, kind in enumerate(self.indexer_types)
         )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share the work (`sharding.py`)."""
+
+    data_parallel: int | None = None
+    """Groups of devices with the draft once each; None: as many as can share the rows evenly."""
+    fully_sharded: int = 1
+    """Devices of a group, over which weights and optimizer state are spread."""
+
+    def __post_init__(self) -> None:
+        for name in ("data_parallel", "fully_sharded"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; use at least 1.")
+
+
+TermName = Literal["ce", "tv", "l1", "kl_div", "rkl", "jsd", "nla", "lk_hybrid"]
+
+RECIPES: Mapping[str, tuple[tuple[TermName, float], ...]] = MappingProxyType(
+    {"speculators": (("ce", 0.1), ("tv", 0.9)), "paper": (("ce", 0.1), ("l1", 0.9))}
+)
+"""The published weights by rule; the paper's L1 distance is twice the total variation."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is learnt from which slot (reference: dspark.md §2.2-2.3).
+
+    `rule` speculators: cross-entropy against the target's choice, every slot whose own token is
+    trained, sums over the number of such slots. `rule` paper (DeepSpec): cross-entropy against the
+    data's token, slots up to the first one beyond the answer, sums over the slots' weights.
+    """
+
+    rule: Literal["speculators", "paper"] = "speculators"
+    weights: tuple[tuple[TermName, float], ...] = RECIPES["speculators"]
+    confidence: float = 1.0
+    decay: float = 4.0
+    """The block's i-th prediction weighs exp(-i / decay)."""
+    position_weights: Literal["fixed", "dpace"] = "fixed"
+    dpace_alpha: float = 0.5
+    chunk_blocks: int | None = None
+    """Blocks of every row whose logits exist at a time; None takes as many as 40 MiB hold."""
+
+    @property
+    def eps(self) -> float:
+        """Guards the denominator."""
+        return 1e-6 if self.rule == "paper" else 1e-5
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def run_blocks(
     row: Int[Array, "B N"],
     anchor: Int[Array, "B N"],
     position: Int[Array, "B N"],
+    remat: bool = False,
 ) -> BlockStates:
     """The parallel pass over N blocks of every row.
 
@@ -105,9 +106,14 @@ def run_blocks(
     tokens = jnp.concatenate([anchor[..., None], masks], axis=-1)
     angle = drafter.angles(block_positions(position, K))
 
-    def step(layer: Any, x: Any, given: Any) -> tuple[Any, Any]:
+    def run(layer: Any, x: Any, given: Any) -> Any:
         keys, values, window, causal = given
-        x = layer(x, angle, (keys, values), within(seen, row, window), block_mask(K, causal))
+        return layer(x, angle, (keys, values), within(seen, row, window), block_mask(K, causal))
+
+    run = nnx.remat(run) if remat else run
+
+    def step(layer: Any, x: Any, given: Any) -> tuple[Any, Any]:
+        x = run(layer, x, given)
         return x, x
 
     windows = [NO_WINDOW if w is None else w for w in config.windows]
@@ -139,6 +145,7 @@ def block_states(
     batch: Batch,
     aux_hidden: Float[Array, "B T AD"],
     blocks: Blocks,
+    remat: bool = False,
 ) -> BlockStates:
     """The parallel pass over training blocks; context rows are the rows of the packed batch."""
     return run_blocks(
@@ -149,6 +156,7 @@ def block_states(
         blocks.anchor,
         blocks.tokens[..., 0],
         jnp.take_along_axis(batch.position, blocks.anchor, axis=1),
+        remat,
     )
 
 
@@ -158,22 +166,23 @@ def score_blocks(
     batch: Batch,
     aux_hidden: Float[Array, "B T AD"],
     blocks: Blocks,
+    remat: bool = False,
 ) -> BlockScores:
-    """Teacher-forced logits and confidences of training blocks (paper §3.3).
+    """Teacher-forced outputs of training blocks (paper §3.3).
 
     Slot k's Markov bias reads the real token before the one it predicts: `tokens[k]`, or
     `tokens[k - 1]` without sample_from_anchor, where slot 0 predicts nothing and reads the anchor.
+    `remat` computes every layer again in the backward pass instead of keeping what it made.
     """
-    hidden = block_states(drafter, frozen, batch, aux_hidden, blocks).hidden
-    logits, prev, embedding, confidence = base_logits(frozen, hidden), blocks.tokens, None, None
+    hidden = block_states(drafter, frozen, batch, aux_hidden, blocks, remat).hidden
+    prev, markov, embedding, confidence = blocks.tokens, None, None, None
     if not drafter.config.sample_from_anchor:
         prev = jnp.concatenate([prev[..., :1], prev[..., :-1]], axis=-1)
     if drafter.markov_head is not None:
-        bias, embedding = drafter.markov_head.block(prev, hidden)
-        logits += bias
+        markov, embedding = drafter.markov_head.block(prev, hidden)
     if drafter.confidence_head is not None:
         confidence = drafter.confidence_head(hidden, embedding)
-    return BlockScores(hidden, logits, confidence)
+    return BlockScores(hidden, markov, confidence)
 
 
 def per_group(groups: Sequence[Group], values: Sequence[Any]) -> list[list[Any]]:

@@ -69,14 +69,16 @@ class MarkovHead(nnx.Module):
 
     def block(
         self, prev: Int[Array, "*blocks K"], hidden: Float[Array, "*blocks K D"]
-    ) -> tuple[Float[Array, "*blocks K Vd"], Float[Array, "*blocks K r"]]:
-        """A whole block whose previous tokens are known: (bias, embedding), equal to K steps."""
+    ) -> tuple[Float[Array, "*blocks K r"], Float[Array, "*blocks K r"]]:
+        """A whole block whose previous tokens are known: (f, embedding), equal to K steps.
+
+        `W2 · f` is the bias.
+        """
         embedding = self.embed(prev)
         if self.head_type == "rnn":
-            mixed = self._run(embedding, hidden)
-        else:
-            _, mixed = self._mix(jnp.zeros_like(embedding), embedding, hidden)
-        return self._project(mixed), embedding
+            return self._run(embedding, hidden), embedding
+        _, mixed = self._mix(jnp.zeros_like(embedding), embedding, hidden)
+        return mixed, embedding
 
     def _mix(
         self,

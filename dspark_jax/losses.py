@@ -1,7 +1,7 @@
-"""The draft's training loss: per-slot divergences from the target, and the confidence's error.
+"""The draft's training loss, slot by slot: divergences from the target, weights, the confidence.
 
-Every term is a function of a slot's draft logits (Markov bias included) and teacher logits, both
-over the draft vocabulary; q and p below are their softmaxes, in float32. Paper §3.3.
+q is the draft's distribution (Markov bias included), p the target's, both over the draft
+vocabulary and in float32. `chunked.py` evaluates the terms without ever holding all logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,58 +9,85 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from dspark_jax.config import DraftConfig
-from dspark_jax.metrics import block_metrics, single_metric
-from dspark_jax.types import Blocks, BlockScores
+from dspark_jax.config import DraftConfig, LossConfig
 
-Term = Callable[[Float[Array, "*slots Vd"], Float[Array, "*slots Vd"]], Float[Array, "*slots"]]
-
-DSPARK_WEIGHTS = MappingProxyType({"ce": 0.1, "tv": 0.9})
-"""speculators' recipe. Its `tv` is half the paper's L1 distance."""
-
-TERM_EPS = 1e-5
 CONFIDENCE_EPS = 1e-8
+SMALLEST_RATE = 1e-5
+HYBRID_RATE = 3.0
+"""`lk_hybrid` leaves KL for TV as `exp(-3 · acceptance rate)`."""
+
+Slots = Float[Array, "*slots"]
+Logs = Float[Array, "*slots Vd"]
+Term = Callable[[Logs, Logs, Int[Array, "*slots"]], Slots]
 
 
-def cross_entropy(
-    logits: Float[Array, "*slots Vd"], teacher: Float[Array, "*slots Vd"]
-) -> Float[Array, "*slots"]:
-    """`-log q[argmax p]`: the label is the teacher's choice, not the data's token."""
-    label = jnp.argmax(teacher, axis=-1, keepdims=True)
-    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_q, label, axis=-1)[..., 0]
+def overlap(log_q: Logs, log_p: Logs) -> Slots:
+    """`Σ min(q, p)`: the chance that rejection sampling keeps the draft."""
+    return jnp.minimum(jnp.exp(log_q), jnp.exp(log_p)).sum(axis=-1)
 
 
-def total_variation(
-    logits: Float[Array, "*slots Vd"], teacher: Float[Array, "*slots Vd"]
-) -> Float[Array, "*slots"]:
-    """`1 - Σ min(q, p)`: the probability that rejection sampling refuses the draft."""
-    q = jax.nn.softmax(logits.astype(jnp.float32))
-    p = jax.nn.softmax(teacher.astype(jnp.float32))
-    return 1.0 - jnp.minimum(q, p).sum(axis=-1)
+def cross_entropy(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`-log q[label]`."""
+    return -jnp.take_along_axis(log_q, label[..., None], axis=-1)[..., 0]
 
 
-def kl_divergence(
-    logits: Float[Array, "*slots Vd"], teacher: Float[Array, "*slots Vd"]
-) -> Float[Array, "*slots"]:
+def total_variation(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`1 - Σ min(q, p)`."""
+    return 1.0 - overlap(log_q, log_p)
+
+
+def l1_distance(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`Σ |q - p|`, twice the total variation: the paper's term."""
+    return jnp.abs(jnp.exp(log_q) - jnp.exp(log_p)).sum(axis=-1)
+
+
+def kl_divergence(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
     """`KL(p || q)`."""
-    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
-    log_p = jax.nn.log_softmax(teacher.astype(jnp.float32))
     return (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
 
 
-def binary_cross_entropy(
-    logit: Float[Array, "*slots"], probability: Float[Array, "*slots"]
-) -> Float[Array, "*slots"]:
-    """Cross-entropy between a probability and the sigmoid of a logit."""
-    return jax.nn.softplus(logit) - probability * logit
+def reverse_kl_divergence(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`KL(q || p)`."""
+    return (jnp.exp(log_q) * (log_q - log_p)).sum(axis=-1)
+
+
+def jensen_shannon(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`."""
+    log_m = jnp.logaddexp(log_q, log_p) - jnp.log(2.0)
+    return 0.5 * (kl_divergence(log_m, log_p, label) + reverse_kl_divergence(log_q, log_m, label))
+
+
+def negative_log_acceptance(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`-log max(Σ min(q, p), 1e-5)`."""
+    return -jnp.log(jnp.maximum(overlap(log_q, log_p), SMALLEST_RATE))
+
+
+def lk_hybrid(log_q: Logs, log_p: Logs, label: Int[Array, "*slots"]) -> Slots:
+    """`λ KL(p || q) + (1 - λ) TV`, `λ = exp(-3 Σ min(q, p))` held constant."""
+    rate = overlap(log_q, log_p)
+    share = jnp.exp(-HYBRID_RATE * jax.lax.stop_gradient(rate))
+    return share * kl_divergence(log_q, log_p, label) + (1.0 - share) * (1.0 - rate)
 
 
 TERMS: Mapping[str, Term] = MappingProxyType(
-    {"ce": cross_entropy, "tv": total_variation, "kl_div": kl_divergence}
+    {
+        "ce": cross_entropy,
+        "tv": total_variation,
+        "l1": l1_distance,
+        "kl_div": kl_divergence,
+        "rkl": reverse_kl_divergence,
+        "jsd": jensen_shannon,
+        "nla": negative_log_acceptance,
+        "lk_hybrid": lk_hybrid,
+    }
 )
+
+
+def binary_cross_entropy(logit: Slots, probability: Slots) -> Slots:
+    """Cross-entropy between a probability and the sigmoid of a logit."""
+    return jax.nn.softplus(logit) - probability * logit
 
 
 def position_decay(config: DraftConfig, decay: float) -> Float[Array, "K"]:
@@ -69,54 +96,45 @@ def position_decay(config: DraftConfig, decay: float) -> Float[Array, "K"]:
     return jnp.where(prediction >= 0, jnp.exp(-prediction / decay), 0.0)
 
 
-def masked_mean(
-    value: Float[Array, "B N K"],
-    weight: Float[Array, "K"],
-    mask: Bool[Array, "B N K"],
-    eps: float,
+def dpace_weight(
+    cross_entropy: Float[Array, "*blocks K"], mask: Bool[Array, "*blocks K"], alpha: float
+) -> Float[Array, "*blocks K"]:
+    """D-PACE: what every slot is worth to the slots after it, as the draft is now.
+
+    The running product of `(1 - alpha) exp(-CE) + alpha` (1 on slots that are not trained), summed
+    over the trained slots from each on; held constant.
+    """
+    likelihood = jnp.exp(-jax.lax.stop_gradient(cross_entropy))
+    smooth = jnp.where(mask, (1.0 - alpha) * likelihood + alpha, 1.0)
+    reached = jnp.cumprod(smooth, axis=-1) * mask
+    return jnp.flip(jnp.cumsum(jnp.flip(reached, -1), axis=-1), -1) * mask
+
+
+def denominator(
+    mask: Bool[Array, "*slots K"], config: DraftConfig, loss: LossConfig
 ) -> Float[Array, ""]:
-    """`Σ mask · weight · value / (Σ mask + eps)`: the weights are not in the denominator.
+    """What sums over slots are divided by: trained slots, or (paper) the weights they have.
 
-    Sums run over all rows, so how a batch is split or sharded changes nothing; for one row this
-    is speculators' mean.
+    It needs no logits, so accumulated and sharded batches know it before they begin, and how a
+    batch is split changes nothing.
     """
-    return jnp.sum(jnp.where(mask, weight * value, 0.0)) / (jnp.sum(mask) + eps)
+    if loss.rule == "paper":
+        return jnp.sum(mask * position_decay(config, loss.decay))
+    return jnp.sum(mask, dtype=jnp.float32)
 
 
-def dspark_loss(
-    scores: BlockScores,
-    teacher_logits: Float[Array, "B N K Vd"],
-    blocks: Blocks,
+def confidence_mean(
+    confidence: Float[Array, "B N K"],
+    accept_rate: Float[Array, "B N K"],
+    mask: Bool[Array, "B N K"],
+    total: Float[Array, ""],
     config: DraftConfig,
-    weights: Mapping[str, float] = DSPARK_WEIGHTS,
-    confidence_weight: float = 1.0,
-    decay: float = 4.0,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """`Σ weight · term + confidence_weight · BCE(confidence, 1 - TV)`, and its metrics.
+    loss: LossConfig,
+) -> Float[Array, ""]:
+    """The confidence's cross-entropy against the acceptance rate, under the fixed decay.
 
-    The teacher's logits are its final norm and head on the rows the slots predict from, restricted
-    to the draft vocabulary, where p is thereby renormalised. The confidence's target is the
-    acceptance rate of the corrected logits, held constant.
+    The rate is that of the corrected logits, held constant.
     """
-    teacher = jax.lax.stop_gradient(teacher_logits)
-    ramp = position_decay(config, decay)
-    slot_values = {name: TERMS[name](scores.logits, teacher) for name in weights}
-    means = {
-        name: masked_mean(value, ramp, blocks.label_mask, TERM_EPS)
-        for name, value in slot_values.items()
-    }
-    loss = sum((weights[name] * mean for name, mean in means.items()), start=jnp.zeros(()))
-    tv = slot_values["tv"] if "tv" in weights else total_variation(scores.logits, teacher)
-    accept_rate = jax.lax.stop_gradient(1.0 - tv)
-    metrics = block_metrics(
-        jax.lax.stop_gradient(scores), teacher, accept_rate, blocks.label_mask, config
-    )
-    if scores.confidence is not None:
-        error = binary_cross_entropy(scores.confidence, accept_rate)
-        error = masked_mean(error, ramp, blocks.label_mask, CONFIDENCE_EPS)
-        loss += confidence_weight * error
-        metrics |= single_metric("confidence_loss", error)
-    if len(means) > 1:
-        for name, mean in means.items():
-            metrics |= single_metric(f"{name}_loss", mean)
-    return loss, jax.lax.stop_gradient(metrics | single_metric("loss", loss))
+    error = binary_cross_entropy(confidence, jax.lax.stop_gradient(accept_rate))
+    weighted = jnp.where(mask, position_decay(config, loss.decay) * error, 0.0)
+    return jnp.sum(weighted) / (total + (loss.eps if loss.rule == "paper" else CONFIDENCE_EPS))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dspark_jax.config import DraftConfig
-from dspark_jax.types import BlockScores
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -19,28 +18,28 @@ def pair(name: str, total_sum: Float[Array, ""], total: Float[Array, ""]) -> Met
     return {f"{name}_sum": total_sum, f"{name}_total": total}
 
 
-def single_metric(name: str, value: Float[Array, ""]) -> Metrics:
-    """A value that counts once per batch."""
-    return pair(name, value, jnp.ones(()))
+def single_metric(name: str, value: Float[Array, ""], parts: int = 1) -> Metrics:
+    """A value that counts once per batch, or its share when the batch is worked off in parts."""
+    return pair(name, value, jnp.full((), 1.0 / parts))
 
 
 def block_metrics(
-    scores: BlockScores,
-    teacher: Float[Array, "B N K Vd"],
+    confidence: Float[Array, "B N K"] | None,
     accept_rate: Float[Array, "B N K"],
+    correct: Bool[Array, "B N K"],
     label_mask: Bool[Array, "B N K"],
     config: DraftConfig,
 ) -> Metrics:
     """Acceptance, accuracy and calibration over trained slots (reference: dspark.md §2.4).
 
-    `accept_rate` is `Σ min(q, p)` per slot, the chance that rejection sampling keeps the draft.
+    `accept_rate` is `Σ min(q, p)` per slot, the chance that rejection sampling keeps the draft;
+    `correct` says whether draft and target choose the same token; `confidence` is a logit.
     """
     first = 0 if config.sample_from_anchor else 1
-    correct = jnp.argmax(scores.logits, axis=-1) == jnp.argmax(teacher, axis=-1)
     metrics = acceptance_metrics(accept_rate[..., first:], label_mask[..., first:])
     metrics |= accuracy_metrics(correct & label_mask, label_mask, first)
-    if scores.confidence is not None:
-        probability = jax.nn.sigmoid(scores.confidence)[..., first:]
+    if confidence is not None:
+        probability = jax.nn.sigmoid(confidence)[..., first:]
         metrics |= confidence_metrics(
             probability, accept_rate[..., first:], label_mask[..., first:]
         )

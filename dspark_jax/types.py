@@ -52,21 +52,26 @@ class Frozen(NamedTuple):
 class Blocks(NamedTuple):
     """Training blocks: where they start, the tokens of their slots and what supervises them.
 
-    `tokens[b, n, k]` is the real token at `anchor + k` (clamped at the row's end); `label_mask` is
-    1 where slot k is trained.
+    `tokens[b, n, k]` is the real token at `anchor + k` (clamped at the row's end), `labels` the one
+    that slot k predicts; `label_mask` is 1 where slot k is trained.
     """
 
     anchor: Int[Array, "B N"]
     valid: Bool[Array, "B N"]
     tokens: Int[Array, "B N K"]
+    labels: Int[Array, "B N K"]
     label_mask: Bool[Array, "B N K"]
 
 
 class BlockScores(NamedTuple):
-    """Teacher-forced outputs; `confidence` is before the sigmoid, None without a head."""
+    """Teacher-forced outputs; the logits are made of them chunk by chunk (`chunked.py`).
+
+    `markov` is what the Markov head's last factor is applied to; `confidence` is before the
+    sigmoid. Either is None without its head.
+    """
 
     hidden: Float[Array, "B N K D"]
-    logits: Float[Array, "B N K Vd"]
+    markov: Float[Array, "B N K r"] | None
     confidence: Float[Array, "B N K"] | None
 
 

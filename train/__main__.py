@@ -2,35 +2,62 @@
 
 import argparse
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from dspark_jax.train.settings import PRESETS, TrainSettings
+from dspark_jax.train.config_file import read_config
+from dspark_jax.train.presets import PRESETS
+from dspark_jax.train.settings import TrainSettings
 
 
-def parse(arguments: list[str]) -> TrainSettings:
-    """Settings from the command line: `--preset` first, then every other flag on top of it."""
+@dataclass(frozen=True)
+class Command:
+    """Train a DSpark draft for a target, then measure real speculative decoding with it."""
+
+    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    preset: str = "tiny"
+    """Where the defaults come from: tiny, qwen3-8b, glm-5.2 or glm-5.2-3layer."""
+    config: Path | None = None
+    """config.json of a run (or its folder) that the defaults come from instead."""
+    fresh: bool = False
+    """Start over in an --output that holds a run, which is otherwise continued."""
+    inspect_data: bool = False
+    """Print a few training examples with the trained tokens marked, and stop."""
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command line: `--preset` or `--config` first, then every other flag on top of it.
+
+    Raises ValueError when the given config cannot be used.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
-    chosen, rest = first.parse_known_args(arguments)
+    first.add_argument("--config", type=Path)
+    chosen, _ = first.parse_known_args(arguments)
+    settings = PRESETS[chosen.preset] if chosen.config is None else read_config(chosen.config)
     return tyro.cli(
-        TrainSettings,
-        args=rest,
-        default=PRESETS[chosen.preset],
+        Command,
+        args=arguments,
+        default=Command(settings),
         prog="python -m dspark_jax.train",
-        description=f"{TrainSettings.__doc__}\n\n--preset NAME sets the defaults; names: "
-        f"{', '.join(sorted(PRESETS))} (default tiny).",
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
 def main() -> int:
-    """Exit code 0; 1 when the proof failed; 2 with one sentence for what the user can mend."""
-    settings = parse(sys.argv[1:])
-    from dspark_jax.train.run import run  # jax is imported only once the flags are right
+    """Exit code 0; 1 when the proof failed; 2 with one sentence for what the user can mend.
 
+    A run that is stopped by Ctrl-C or SIGTERM saves what it has and ends with 0.
+    """
+    arguments = sys.argv[1:]
     try:
-        return 0 if run(settings, sys.argv[1:]) else 1
+        command = parse(arguments)
+        from dspark_jax.train.run import run  # jax is imported only once the flags are right
+
+        return 0 if run(command.settings, arguments, command.fresh, command.inspect_data) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -112,12 +112,12 @@ def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
 def read_description(folder: Path) -> dict[str, Any]:
     """config.json of a draft; ValueError when the folder is something else."""
     if not folder.is_dir():
-        raise ValueError(f"draft {folder} is no folder; give OUTPUT/checkpoints/step_N of a run.")
+        raise ValueError(f"draft {folder} is no folder; give OUTPUT/draft of a run.")
     described = read_json(folder / "config.json", "draft")
     if "speculators_model_type" not in described:
         raise ValueError(
             f"config.json of {folder} describes no draft (it has no speculators_model_type); give "
-            "OUTPUT/checkpoints/step_N of a run."
+            "OUTPUT/draft of a run."
         )
     return described
 

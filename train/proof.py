@@ -10,34 +10,23 @@ from rich.console import Console
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.loop import prepare_weights
-from dspark_jax.train import hidden_states
 from dspark_jax.train.data import Data
 from dspark_jax.train.divergence import NEAR_TIE, explain
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.packing import pack
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.served import Programs, make_programs, measure
-from dspark_jax.train.settings import TrainSettings
-from dspark_jax.train.trainer import make_scorer, validate
-from dspark_jax.types import Frozen, Target
+from dspark_jax.train.trainer import Job
+from dspark_jax.train.validation import make_validator
 
 
 def prove(
-    settings: TrainSettings,
-    config: DraftConfig,
-    target: Target,
-    loaded: LoadedTarget,
-    frozen: Frozen,
-    params: Any,
-    data: Data,
-    console: Console,
+    job: Job, loaded: LoadedTarget, params: Any, data: Data, console: Console
 ) -> dict[str, Any]:
     """Validation, then real decoding of held-out prompts, greedy and at temperature 1."""
-    source = hidden_states.in_process(target)
-    score = make_scorer(target, config, source, settings.max_anchors)
+    settings, config, target, frozen = job.settings, job.config, job.target, job.frozen
     batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
-    arrays = (params, loaded.params, frozen)
-    validation = validate(score, config, settings, arrays, batches, source)
+    validation = make_validator(job)(params, batches)
     draft = dspark_draft(config)
     programs = make_programs(
         target,

@@ -1,8 +1,6 @@
-"""The training step and validation: states, blocks, loss, update in one program."""
+"""The training step: states, blocks, loss, gradient and update in one program, on any mesh."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,219 +8,183 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from optax.contrib import MuonDimensionNumbers, muon
 
-from dspark_jax.anchors import at, sample_blocks, teacher_rows
+from dspark_jax import sharding
+from dspark_jax.anchors import sample_blocks
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import draft_graphdef
-from dspark_jax.drafter import score_blocks
-from dspark_jax.losses import dspark_loss, total_variation
+from dspark_jax.losses import denominator
 from dspark_jax.metrics import Metrics
+from dspark_jax.objective import Outcome, Part, Teacher, batch_loss, teacher_unembed
+from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.hidden_states import HiddenStates
-from dspark_jax.train.packing import Packed
+from dspark_jax.train.optimizer import make_optimizer
 from dspark_jax.train.settings import TrainSettings
-from dspark_jax.types import Batch, Blocks, BlockScores, Frozen, Target
-
-BINS = 20
+from dspark_jax.types import Batch, Blocks, Frozen, Target
 
 
 class TrainState(NamedTuple):
-    """What training changes; a step takes one and gives the next."""
+    """What training changes; a step takes one and gives the next. `key` is raw key data."""
 
     params: Any
     opt_state: Any
     step: Any
+    key: Any
 
 
-Scorer = Callable[..., tuple[BlockScores, Float[Array, "B N K Vd"], Blocks]]
+class Job(NamedTuple):
+    """What a run is made of and a step does not change."""
+
+    settings: TrainSettings
+    config: DraftConfig
+    target: Target
+    source: HiddenStates
+    mesh: Mesh
+    target_params: Any
+    frozen: Frozen
 
 
-def make_scorer(
-    target: Target, config: DraftConfig, source: HiddenStates, max_anchors: int
-) -> Scorer:
-    """`score(params, target_params, frozen, batch, fetched, key) -> (scores, teacher, blocks)`."""
-    graphdef = draft_graphdef(config)
-
-    def score(
-        params: Any, target_params: Any, frozen: Frozen, batch: Batch, fetched: Any, key: Any
-    ) -> tuple[BlockScores, Float[Array, "B N K Vd"], Blocks]:
-        states = jax.lax.stop_gradient(source.states(target_params, batch, fetched))
-        blocks = sample_blocks(
-            key, batch.tokens, batch.loss_mask, batch.segment, max_anchors, config
-        )
-        drafter = nnx.merge(graphdef, params, copy=True)
-        scores = score_blocks(drafter, frozen, batch, states.aux_hidden, blocks)
-        rows = teacher_rows(blocks.anchor, config, batch.tokens.shape[1])
-        teacher = target.unembed(target_params, at(states.final_hidden, rows))
-        if config.draft_vocab_size < config.vocab_size:
-            teacher = teacher[..., frozen.target_id]
-        return scores, teacher, blocks
-
-    return score
+def make_job(
+    settings: TrainSettings,
+    config: DraftConfig,
+    target: Target,
+    source: HiddenStates,
+    mesh: Mesh,
+    loaded: LoadedTarget,
+    target_id: np.ndarray,
+) -> Job:
+    """The target's weights and tables in the type of the computation, placed on the mesh."""
+    dtype = jnp.dtype(settings.compute_dtype)
+    shardings = sharding.tree_shardings(mesh, loaded.params)
+    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), loaded.params), shardings)
+    frozen = frozen_tables(target, config, params, target_id)
+    frozen = jax.device_put(frozen, sharding.tree_shardings(mesh, frozen))
+    return Job(settings, config, target, source, mesh, params, frozen)
 
 
-def make_optimizer(settings: TrainSettings, params: Any) -> optax.GradientTransformation:
-    """Clipped AdamW or Muon with a linear warm-up; weights of one axis are not decayed."""
-    rate = learning_rate(settings)
-    if settings.optimizer == "adamw":
-        update = optax.adamw(
-            rate,
-            weight_decay=settings.weight_decay,
-            mask=decayed,
-        )
-    else:
-        update = muon(
-            rate,
-            weight_decay=settings.weight_decay,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=muon_axes(params),
-        )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+def frozen_tables(target: Target, config: DraftConfig, params: Any, target_id: Any) -> Frozen:
+    """The tables a draft shares, cut to a reduced vocabulary."""
+    full = config.draft_vocab_size == config.vocab_size
+    return jax.jit(target.frozen)(params, None if full else jnp.asarray(target_id))
 
 
-def decayed(params: Any) -> Any:
-    """Which parameters weight decay takes: matrices and tables, stacked or not, but no scales."""
-    chosen = [
-        (path, param.replace(path[-1] not in ("weight", "bias")))
-        for path, param in nnx.to_flat_state(params)
-    ]
-    return nnx.from_flat_state(chosen)
+Objective = Callable[..., tuple[Float[Array, ""], Outcome]]
 
 
-def learning_rate(settings: TrainSettings) -> optax.Schedule:
-    """Step s of a warm-up of W has rate (s + 1) / W of the peak; then the chosen decay to zero."""
-    peak, steps = settings.learning_rate, settings.steps
-    warmup = max(1, round(settings.warmup_share * steps))
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, max(1, steps - warmup)),
-        "linear": optax.linear_schedule(peak, 0.0, max(1, steps - warmup)),
-        "constant": optax.constant_schedule(peak),
-    }[settings.schedule]
-    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([ramp, after], [warmup])
+def make_objective(job: Job) -> Objective:
+    """`objective(params, target_params, frozen, batch, fetched, blocks, part)`: loss and outcome.
+
+    Parameters are float32 masters; activations have `compute_dtype`.
+    """
+    settings, graphdef = job.settings, draft_graphdef(job.config)
+    unembed, loss = teacher_unembed(job.target, job.config), settings.loss.config()
+    dtype = jnp.dtype(settings.compute_dtype)
+
+    def objective(
+        params: Any,
+        target_params: Any,
+        frozen: Frozen,
+        batch: Batch,
+        fetched: Any,
+        blocks: Blocks,
+        part: Part | None = None,
+    ) -> tuple[Float[Array, ""], Outcome]:
+        states = jax.lax.stop_gradient(job.source.states(target_params, batch, fetched))
+        drafter = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params), copy=True)
+        teacher = Teacher(target_params, frozen.target_id)
+        given = (drafter, frozen, teacher, batch, states, blocks, part)
+        remat, shards = settings.gradient_checkpointing, job.mesh.size
+        return batch_loss(unembed, job.config, loss, *given, remat=remat, shards=shards)
+
+    return objective
 
 
-def muon_axes(params: Any) -> Any:
-    """Which parameters Muon takes: matrices, except the Markov head's two tables (speculators)."""
+def draw_blocks(job: Job, batch: Batch, key: Any) -> Blocks:
+    """The training blocks of a step: batch [A R T] in A parts, blocks [A R N …].
 
-    def choose(path: Any, param: Any) -> Any:
-        stacked = param.ndim - 2
-        takes = path[-1] == "kernel" and "markov_w2" not in path and min(param.shape[-2:]) > 1
-        return param.replace(MuonDimensionNumbers(stacked, stacked + 1) if takes else None)
+    A row's blocks depend on its own key only, so that parts and devices change nothing.
+    """
+    keys = jax.random.split(key, batch.tokens.shape[:2])
 
-    return nnx.from_flat_state([(p, choose(p, v)) for p, v in nnx.to_flat_state(params)])
+    def draw(keys: Any, tokens: Any, loss_mask: Any, segment: Any) -> Blocks:
+        settings = job.settings
+        rule, count = settings.loss.loss_preset, settings.max_anchors
+        return sample_blocks(keys, tokens, loss_mask, segment, count, job.config, rule)
 
-
-def make_loss(config: DraftConfig, settings: TrainSettings) -> Callable[..., Any]:
-    """`loss(scores, teacher, blocks) -> (loss, metrics)` with the weights of the settings."""
-    return partial(
-        dspark_loss,
-        config=config,
-        weights=settings.loss_weights,
-        confidence_weight=settings.loss_confidence,
-        decay=settings.loss_decay,
-    )
+    return jax.vmap(draw)(keys, batch.tokens, batch.loss_mask, batch.segment)
 
 
-def make_step(
-    score: Scorer, config: DraftConfig, optimizer: Any, settings: TrainSettings
-) -> Callable[..., tuple[TrainState, Metrics]]:
+def init_state(job: Job, params: Any) -> TrainState:
+    """The state before the first step, placed on the mesh."""
+    optimizer = make_optimizer(job.settings.optimizer, job.settings.steps)
+    key = jax.random.key_data(jax.random.key(job.settings.seed))
+    params = jax.device_put(params, sharding.tree_shardings(job.mesh, params))
+
+    def build(params: Any, key: Any) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.int32(0), key)
+
+    shardings = sharding.tree_shardings(job.mesh, jax.eval_shape(build, params, key))
+    return jax.jit(build, out_shardings=shardings)(params, key)
+
+
+def make_gradient(job: Job) -> Callable[..., tuple[Any, Metrics]]:
+    """`gradient(params, key, target_params, frozen, batch, fetched) -> (gradient, metrics)`.
+
+    The batch is [A R T]: A parts of R rows. Sums over all parts are divided by what all of them
+    hold, so that the result is that of one batch of A·R rows.
+    """
+    loss = job.settings.loss.config()
+    differentiate = jax.grad(make_objective(job), has_aux=True)
+
+    def gradient(
+        params: Any, key: Any, target_params: Any, frozen: Frozen, batch: Batch, fetched: Any
+    ) -> tuple[Any, Metrics]:
+        blocks = draw_blocks(job, batch, key)
+        parts = len(batch.tokens)
+        part = Part(denominator(blocks.label_mask, job.config, loss), parts)
+
+        def of(piece: Any) -> tuple[Any, Metrics]:
+            found, outcome = differentiate(params, target_params, frozen, *piece, part)
+            return found, outcome.metrics
+
+        pieces = (batch, fetched, blocks)
+        first = jax.tree.map(lambda x: x[0], pieces)
+        if parts == 1:
+            return of(first)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, first))
+
+        def add(summed: Any, piece: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, summed, of(piece)), None
+
+        return jax.lax.scan(add, zero, pieces)[0]
+
+    return gradient
+
+
+def make_step(job: Job) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step(state, target_params, frozen, batch, fetched) -> (state, metrics)`, jitted, donated."""
-    base, loss_of = jax.random.key(settings.seed), make_loss(config, settings)
+    gradient = make_gradient(job)
+    optimizer = make_optimizer(job.settings.optimizer, job.settings.steps)
 
-    def objective(params: Any, *inputs: Any) -> tuple[Float[Array, ""], Metrics]:
-        scores, teacher, blocks = score(params, *inputs)
-        return loss_of(scores, teacher, blocks)
-
-    def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(base, state.step)
-        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, *inputs, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    def step(state: TrainState, *given: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        found, metrics = gradient(state.params, key, *given)
+        updates, opt_state = optimizer.update(found, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-class Validation(NamedTuple):
-    """The table of dspark.md §2.4 and the reliability of the confidence head, bin by bin."""
+def on_mesh(job: Job, tree: Any) -> Any:
+    """A step's host arrays [rows …] as [parts, rows / parts …], rows spread over the mesh."""
+    parts = job.settings.accumulate
+    rows = sharding.row_sharding(job.mesh, leading=1)
 
-    table: dict[str, Any]
-    reliability: dict[str, list[float]]
+    def place(x: Any) -> Any:
+        x = np.asarray(x)
+        return sharding.place(x.reshape(parts, len(x) // parts, *x.shape[1:]), rows)
 
-
-def validate(
-    score: Scorer,
-    config: DraftConfig,
-    settings: TrainSettings,
-    weights: tuple[Any, Any, Frozen],
-    batches: Iterable[Packed],
-    source: HiddenStates,
-) -> Validation:
-    """Metrics over held-out batches: sums and totals are added up, then divided once."""
-
-    loss_of = make_loss(config, settings)
-
-    @jax.jit
-    def measure(*inputs: Any) -> tuple[Metrics, Float[Array, "3 bins"]]:
-        scores, teacher, blocks = score(*inputs)
-        _, metrics = loss_of(scores, teacher, blocks)
-        return metrics, _histogram(scores, teacher, blocks)
-
-    totals: Counter[str] = Counter()
-    bins = np.zeros((3, BINS))
-    key = jax.random.key(settings.seed + 1)
-    for i, packed in enumerate(batches):
-        fetched = source.fetch(packed)
-        metrics, counted = measure(*weights, packed.batch, fetched, jax.random.fold_in(key, i))
-        totals.update({name: float(value) for name, value in metrics.items()})
-        bins += np.asarray(counted)
-    seen = bins[0] > 0
-    reliability = {
-        "predicted": (bins[1, seen] / bins[0, seen]).tolist(),
-        "observed": (bins[2, seen] / bins[0, seen]).tolist(),
-        "slots": bins[0, seen].tolist(),
-    }
-    return Validation(summarise(totals), reliability)
-
-
-def _histogram(
-    scores: BlockScores, teacher: Float[Array, "B N K Vd"], blocks: Blocks
-) -> Float[Array, "3 bins"]:
-    """Per bin of predicted acceptance: slots, predictions added up, observed rates added up."""
-    if scores.confidence is None:
-        return jnp.zeros((3, BINS))
-    predicted = jax.nn.sigmoid(scores.confidence)
-    observed = 1.0 - total_variation(scores.logits, teacher)
-    place = jnp.minimum((predicted * BINS).astype(jnp.int32), BINS - 1)
-    values = jnp.stack([jnp.ones_like(predicted), predicted, observed]) * blocks.label_mask
-    return jax.vmap(lambda v: jnp.zeros(BINS).at[place.reshape(-1)].add(v.reshape(-1)))(values)
-
-
-def summarise(totals: Mapping[str, float]) -> dict[str, Any]:
-    """The report's validation table from summed metrics; None where nothing was counted."""
-
-    def mean(name: str) -> float | None:
-        total = totals.get(f"{name}_total", 0.0)
-        return totals[f"{name}_sum"] / total if total else None
-
-    slots = sorted(
-        int(name.split("_")[1])
-        for name in totals
-        if name.startswith("position_") and name.endswith("_acc_sum")
-    )
-    names = {
-        "mean_accepted_length": "accept_len",
-        "full_accuracy": "full_acc",
-        "mean_acceptance_rate": "accept_rate",
-        "confidence_abs_error": "confidence_abs_error",
-        "confidence_pred_mean": "confidence_pred_mean",
-        "confidence_cumprod_bias": "confidence_cumprod_bias",
-        "greedy_accepted_length": "eal",
-        "loss": "loss",
-    }
-    table: dict[str, Any] = {ours: mean(theirs) for ours, theirs in names.items()}
-    table["position_accuracy"] = [mean(f"position_{slot}_acc") for slot in slots]
-    table["blocks"] = totals.get("accept_len_total", 0.0)
-    return table
+    return jax.tree.map(place, tree)

@@ -15,9 +15,9 @@ from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.divergence import NEAR_TIE, explain
 from dspark_jax.train.draft_files import load_draft
 from dspark_jax.train.files import embedded, load_target
+from dspark_jax.train.presets import PRESETS
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.train.served import first_difference
-from dspark_jax.train.settings import PRESETS
 
 TOKENS, PROMPT = 2000, 64
 CAPACITY = PROMPT + TOKENS + 16

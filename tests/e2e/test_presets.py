@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from dspark_jax.targets.target import init_params
 from dspark_jax.train.__main__ import parse
 from dspark_jax.train.files import embedded
+from dspark_jax.train.presets import PRESETS, draft_config
 from dspark_jax.train.run import run
-from dspark_jax.train.settings import PRESETS, draft_config
 from dspark_jax.train.tiny_glm import TINY_GLM, save_target
 
 PUBLISHED = {
@@ -67,7 +67,7 @@ def test_a_preset_holds_the_published_settings(name: str) -> None:
         draft.sample_from_anchor,
         draft.num_layers,
         draft.aux_layer_ids,
-        settings.learning_rate,
+        settings.optimizer.learning_rate,
         settings.max_anchors,
         settings.sequence_length,
     )
@@ -80,9 +80,10 @@ def test_a_preset_holds_the_published_settings(name: str) -> None:
 def test_a_glm_preset_trains_serves_and_is_lossless(
     name: str, deep_target: Path, tmp_path: Path
 ) -> None:
-    run(parse(["--preset", name, "--target", str(deep_target), "--output", str(tmp_path), *FLAGS]))
+    flags = ["--preset", name, "--target", str(deep_target), "--output", str(tmp_path), *FLAGS]
+    run(parse(flags).settings)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["served"]["greedy"]["identical_to_plain"] is True
-    described = json.loads((tmp_path / "checkpoints/step_1/config.json").read_text())
+    described = json.loads((tmp_path / "draft/config.json").read_text())
     assert described["aux_hidden_state_layer_ids"] == list(PRESETS[name].draft.aux_layer_ids)
     shutil.rmtree(tmp_path)

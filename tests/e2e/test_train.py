@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("run")
     done = train("--output", output, *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"checkpoint {output}/checkpoints/step_12" in done.stdout
+    assert f"checkpoint {output}/draft" in done.stdout
     assert "next       python -m dspark_jax.train" in done.stdout
     return output
 
@@ -61,14 +61,16 @@ def test_everything_a_run_promises_is_in_its_folder(finished: Path) -> None:
     for name in ("report.md", "loss.png", "acceptance.png", "confidence.png", "config.json"):
         assert (finished / name).stat().st_size > 100, name
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [1, 10, 12]
-    assert (finished / "checkpoints/step_12/model.safetensors").exists()
+    assert [r["step"] for r in records if "loss" in r] == [1, 10, 12]
+    assert records[-1]["validation"]["mean_accepted_length"] >= 1
+    assert (finished / "draft/model.safetensors").exists()
+    assert (finished / "checkpoints/12").is_dir()
 
 
 def test_the_regenerated_data_is_data_a_user_could_pass(finished: Path, tmp_path: Path) -> None:
     done = train(
         *("--data", finished / "data/train.jsonl", "--output", tmp_path / "again", *SHORT),
-        *("--warm-start", finished / "checkpoints/step_12", "--markov-head-type", "vanilla"),
+        *("--warm-start", finished / "draft", "--markov-head-type", "vanilla"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "drawn afresh: nothing" in done.stdout
@@ -82,7 +84,7 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
     from dspark_jax.targets.target import glm_target
     from dspark_jax.train.conversations import read_conversations, tokenise_all
     from dspark_jax.train.files import embedded, load_target
-    from dspark_jax.train.settings import PRESETS
+    from dspark_jax.train.presets import PRESETS
 
     data = finished / "data/held_out.jsonl"
     ids = PRESETS["tiny"].draft.aux_layer_ids
@@ -113,5 +115,5 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
         done = train("--data", data, "--output", output, *SHORT, *extra)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = (output / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+        losses.append([json.loads(line).get("loss") for line in lines])
+    np.testing.assert_allclose(*([x for x in run if x] for run in losses), rtol=1e-3)

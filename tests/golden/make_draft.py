@@ -1,4 +1,4 @@
-"""Writes tests/golden/draft with PyTorch: one training step of two tiny drafts, all arrays kept.
+"""Writes tests/golden/draft with PyTorch: one training step of tiny drafts, all arrays kept.
 
     pip install torch==2.13.0 transformers==5.19.0 speculators==0.9.0   # CPU builds are enough
     python tests/golden/make_draft.py
@@ -41,6 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "small_vanilla": dict(markov_head_type="vanilla", sample_from_anchor=True, draft_vocab_size=29),
     "small_rnn": dict(markov_head_type="rnn", sample_from_anchor=False, draft_vocab_size=VOCAB),
 }
+FULL = dict(markov_head_type="vanilla", sample_from_anchor=True, draft_vocab_size=VOCAB)
+LOSSES: dict[str, dict[str, Any]] = {
+    **{f"loss_{name}": {"loss_fn": name} for name in ("rkl", "jsd", "nla", "lk_hybrid")},
+    "loss_mixed": {"loss_fn": '{"ce": 0.2, "kl_div": 0.3, "tv": 0.5}'},
+    "dpace": {"loss_fn": "ce", "per_position_loss_weight": "dpace", "dpace_alpha": 0.5},
+}
+"""Variants of the full vocabulary that differ in their loss."""
+VARIANTS |= {name: FULL for name in LOSSES}
 Arrays = dict[str, torch.Tensor]
 
 
@@ -50,7 +58,7 @@ def main() -> None:
         for seed, (name, options) in enumerate(VARIANTS.items()):
             torch.manual_seed(seed)
             model = build_draft(target, options)
-            arrays = record_step(model, make_inputs())
+            arrays = record_step(model, make_inputs(), LOSSES.get(name, {}))
             folder = HERE / name
             folder.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(folder / "fixture.npz", **{k: v.numpy() for k, v in arrays.items()})
@@ -120,12 +128,13 @@ def make_inputs() -> Arrays:
     }
 
 
-def record_step(model: torch.nn.Module, inputs: Arrays) -> Arrays:
+def record_step(model: torch.nn.Module, inputs: Arrays, loss: dict[str, Any]) -> Arrays:
     """Forward and backward with every intermediate the parity test asks for."""
     mid: Arrays = {}
     watch(model, mid)
     settings, _ = model.get_trainer_kwargs(
-        loss_fn='{"ce": 0.1, "tv": 0.9}', loss_implementation="eager", max_anchors=BLOCKS
+        **{"loss_fn": '{"ce": 0.1, "tv": 0.9}', "loss_implementation": "eager"} | loss,
+        max_anchors=BLOCKS,
     )
     _, loss, metrics = model(**inputs, **settings)
     loss.backward()

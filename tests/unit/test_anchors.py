@@ -1,6 +1,7 @@
 """Anchors are drawn fairly from where blocks fit, and slots are supervised where they should be."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,12 @@ LOSS_MASK = jnp.asarray(
 TOKENS = jnp.arange(40)[None]
 
 
-def slots_trained(anchors: list[int], config: DraftConfig, **options: bool) -> list[str]:
+def keys(rows: int, seed: int = 0) -> jax.Array:
+    """One key per row."""
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def slots_trained(anchors: list[int], config: DraftConfig, **options: Any) -> list[str]:
     """The label mask of blocks at the given anchors, as strings of 0 and 1."""
     anchor = jnp.asarray([anchors])
     valid = jnp.ones_like(anchor, bool)
@@ -59,7 +65,7 @@ def test_anchors_are_trained_positions_with_a_whole_block_after_them():
 @pytest.mark.parametrize("num_anchors", [1, 6, 25, 30, 64])
 def test_a_draw_is_ascending_without_repeats_and_as_large_as_can_be(num_anchors: int):
     eligible = eligible_anchors(LOSS_MASK, CONFIG)
-    anchor, valid = sample_anchors(jax.random.key(num_anchors), eligible, num_anchors)
+    anchor, valid = sample_anchors(keys(1, num_anchors), eligible, SEGMENT, num_anchors)
     drawn = anchor[valid].tolist()
     assert anchor.shape == valid.shape == (1, num_anchors)
     assert len(drawn) == min(num_anchors, 25)
@@ -71,13 +77,14 @@ def test_a_draw_is_ascending_without_repeats_and_as_large_as_can_be(num_anchors:
 def test_every_eligible_position_is_equally_likely():
     draws, wanted = 2000, 5
     eligible = jnp.tile(eligible_anchors(LOSS_MASK, CONFIG), (draws, 1))
-    anchor, _ = sample_anchors(jax.random.key(0), eligible, wanted)
+    segment = jnp.tile(SEGMENT, (draws, 1))
+    anchor, _ = sample_anchors(keys(draws), eligible, segment, wanted)
     share = np.bincount(anchor.ravel(), minlength=40)[np.asarray(eligible[0])] / draws
     np.testing.assert_allclose(share, wanted / 25, atol=0.04)
 
 
 def test_a_row_without_eligible_positions_has_no_block():
-    blocks = sample_blocks(jax.random.key(0), TOKENS, jnp.zeros_like(LOSS_MASK), SEGMENT, 4, CONFIG)
+    blocks = sample_blocks(keys(1), TOKENS, jnp.zeros_like(LOSS_MASK), SEGMENT, 4, CONFIG)
     assert not blocks.valid.any() and not blocks.label_mask.any()
 
 
@@ -119,6 +126,32 @@ def test_the_teacher_reads_the_row_before_the_predicted_token():
 
 
 def test_unused_blocks_train_nothing():
-    blocks = sample_blocks(jax.random.key(3), TOKENS, LOSS_MASK, SEGMENT, 64, CONFIG)
+    blocks = sample_blocks(keys(1, 3), TOKENS, LOSS_MASK, SEGMENT, 64, CONFIG)
     assert not blocks.label_mask[~blocks.valid].any()
     assert blocks.label_mask[blocks.valid].any()
+
+
+def test_every_document_gets_its_share_of_the_anchors():
+    everything = jnp.ones_like(LOSS_MASK)
+    sizes = np.array([14, 11, 7])  # positions with a successor in their document
+    counts = []
+    for seed in range(50):
+        blocks = sample_blocks(keys(1, seed), TOKENS, everything, SEGMENT, 8, CONFIG)
+        where = np.asarray(SEGMENT[0])[np.asarray(blocks.anchor[0])]
+        counts.append(np.bincount(where, minlength=4)[1:4])
+    assert np.abs(np.array(counts) - 8 * sizes / sizes.sum()).max() < 1.5
+    assert np.min(counts) >= 1
+
+
+def test_the_paper_stops_at_the_first_token_that_is_not_trained():
+    masks = slots_trained([9, 11, 20, 26, 33, 34], CONFIG, rule="paper", mask_cross_document=False)
+    assert masks == ["1111", "1110", "1111", "0000", "1000", "0000"]
+    assert slots_trained([9, 11], ONE_PLUS_N, rule="paper") == ["0111", "0111"]
+
+
+def test_a_row_draws_the_same_blocks_whatever_its_neighbours_are():
+    alone = sample_blocks(keys(3)[1:2], TOKENS, LOSS_MASK, SEGMENT, 6, CONFIG)
+    tokens, mask, segment = (jnp.tile(x, (3, 1)) for x in (TOKENS, LOSS_MASK, SEGMENT))
+    mask = mask.at[0].set(False)
+    together = sample_blocks(keys(3), tokens, mask, segment, 6, CONFIG)
+    np.testing.assert_array_equal(alone.anchor[0], together.anchor[1])

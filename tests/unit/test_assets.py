@@ -4,7 +4,7 @@ import json
 
 from dspark_jax.train.draft_files import load_draft
 from dspark_jax.train.files import embedded, load_target, target_fingerprint
-from dspark_jax.train.settings import PRESETS
+from dspark_jax.train.presets import PRESETS
 
 TARGET, DRAFT = embedded("tiny-glm"), embedded("tiny-glm-dspark")
 

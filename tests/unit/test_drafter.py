@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dspark_jax.chunked import Trained, corrected_logits
 from dspark_jax.config import DraftConfig, MarkovHeadType
 from dspark_jax.draft_decoder import (
     draft_block,
@@ -110,10 +111,17 @@ def score(config: DraftConfig, blocks: Blocks, aux: jax.Array = AUX) -> BlockSco
     return jitted(score_blocks, make_drafter(config), make_frozen(config), batch, aux, blocks)
 
 
+def logits_of(config: DraftConfig, scores: BlockScores) -> jax.Array:
+    head = make_drafter(config).markov_head
+    factor = None if head is None else head.markov_w2.kernel[...]
+    trained = Trained(scores.hidden, scores.markov, factor)
+    return corrected_logits(trained, make_frozen(config).lm_head)
+
+
 def blocks_at(anchor: jax.Array, tokens: jax.Array) -> Blocks:
     """One valid block per row."""
     everything = jnp.ones((*tokens.shape[:1], 1, *tokens.shape[1:]), bool)
-    return Blocks(anchor[:, None], everything[..., 0], tokens[:, None], everything)
+    return Blocks(anchor[:, None], everything[..., 0], tokens[:, None], tokens[:, None], everything)
 
 
 def assert_close(a: Any, b: Any) -> None:
@@ -133,7 +141,7 @@ def test_a_drafted_block_scores_as_when_its_tokens_are_given(
     tokens = jnp.concatenate([ANCHOR[:, None], proposal.tokens], axis=1)[:, :K]
     scores = score(config, blocks_at(LENGTH, tokens))
     assert proposal.tokens.shape == (3, G)
-    assert_close(proposal.logits, scores.logits[:, 0, -G:])
+    assert_close(proposal.logits, logits_of(config, scores)[:, 0, -G:])
     assert scores.confidence is not None
     assert_close(proposal.confidence, jax.nn.sigmoid(scores.confidence[:, 0, -G:]))
 
@@ -144,7 +152,8 @@ def test_sliding_layers_decode_as_they_were_trained(non_causal: bool):
     config = replace(CONFIG, layer_types=kinds, sliding_window_non_causal=non_causal)
     proposal = draft(config)
     tokens = jnp.concatenate([ANCHOR[:, None], proposal.tokens[:, :-1]], axis=1)
-    assert_close(proposal.logits, score(config, blocks_at(LENGTH, tokens)).logits[:, 0])
+    scores = score(config, blocks_at(LENGTH, tokens))
+    assert_close(proposal.logits, logits_of(config, scores)[:, 0])
 
 
 def test_greedy_rows_take_the_largest_logit_and_proposals_are_target_ids():
@@ -213,7 +222,7 @@ def test_training_sees_neither_other_documents_nor_padding():
 
 def test_blocks_do_not_see_one_another():
     tokens = jax.random.randint(jax.random.key(0), (3, 2, 4), 0, 30)
-    pair = Blocks(jnp.asarray([[4, 7]] * 3), jnp.ones((3, 2), bool), tokens, tokens >= 0)
+    pair = Blocks(jnp.asarray([[4, 7]] * 3), jnp.ones((3, 2), bool), tokens, tokens, tokens >= 0)
     both = score(CONFIG, pair)
     for n in range(2):
         single = score(CONFIG, jax.tree.map(lambda x, n=n: x[:, n : n + 1], pair))

@@ -1,0 +1,151 @@
+"""Orbax checkpoints of a run: written in the background, whole or not at all, read back checked.
+
+A checkpoint is a folder `checkpoints/STEP` with the training state and a JSON object beside it (the
+position in the data, what the data and target were, the validation score). Orbax writes it under a
+temporary name and renames it; what a killed run leaves is never taken for a checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+Say = Callable[[str], None]
+UNFINISHED = ".orbax-checkpoint-tmp"
+BROKEN = ".broken"
+DELETED = ".deleted"
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back: its step, state, and the JSON object beside it."""
+
+    step: int
+    state: Any
+    about: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Of the finished ones the `keep` latest stay, and the best."""
+
+    def __init__(self, folder: Path, keep: int, say: Say):
+        self.folder, self.keep, self.say = folder.resolve(), keep, say
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.glob(f"*{UNFINISHED}*")):
+            step = path.name.split(".")[0]
+            say(f"checkpoint {step} is incomplete (the run ended while writing it); skipped")
+            shutil.rmtree(path)
+        for path in self.folder.glob(f"*{DELETED}"):
+            shutil.rmtree(path)
+        self.manager = ocp.CheckpointManager(
+            self.folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
+        )
+        self.scores = {step: self._score(step) for step in self.steps()}
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+    def best(self) -> int | None:
+        """The step with the highest validation score; None when none was validated."""
+        scored = {step: score for step, score in self.scores.items() if score is not None}
+        return max(scored, key=lambda step: (scored[step], step)) if scored else None
+
+    def save(self, step: int, state: Any, about: dict[str, Any], score: float | None) -> None:
+        """Begin to write a checkpoint, once the one before it is finished and kept ones are chosen.
+
+        Raises ValueError when either cannot be written; finished ones stay.
+        """
+        self.finish()
+        about = about | {"score": score, "checksums": checksums(state)}
+        given = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
+        args = ocp.args.Composite(**given)
+        self._guarded(step, lambda: self.manager.save(step, args=args, force=True))
+        self.scores[step] = score
+
+    def finish(self) -> None:
+        """Wait for the checkpoint being written, then delete those that need not stay."""
+        writing = max(self.scores, default=0)
+        self._guarded(writing, self.manager.wait_until_finished)
+        steps = self.steps()
+        stay = {*steps[-self.keep :], self.best()}
+        for step in set(steps) - stay:
+            self._remove(step)
+
+    def restore_latest(self, like: Any) -> Restored | None:
+        """The newest checkpoint that can be read, in the shapes and shardings of `like`.
+
+        Those that cannot are set aside under another name, with a line that says so.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(step, like)
+            except Exception as error:  # whatever reads a damaged file raises what it likes
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                self.say(f"checkpoint {step} cannot be read and is skipped: {reason}")
+                aside = self.folder / f"{step}{BROKEN}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+                self.scores.pop(step, None)
+                self.manager.reload()
+        return None
+
+    def restore(self, step: int, like: Any) -> Restored:
+        """One checkpoint; ValueError when its numbers are not those that were saved."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        given = {"state": ocp.args.StandardRestore(abstract), "about": ocp.args.JsonRestore()}
+        found = self.manager.restore(step, args=ocp.args.Composite(**given))
+        if checksums(found.state) != found.about["checksums"]:
+            raise ValueError("its numbers are not those that were saved")
+        return Restored(step, found.state, found.about)
+
+    def close(self) -> None:
+        """Finish and let go of the background threads."""
+        self.finish()
+        self.manager.close()
+
+    def _remove(self, step: int) -> None:
+        """Rename, then delete: what a kill leaves half deleted is no checkpoint any more."""
+        gone = self.folder / f"{step}{DELETED}"
+        (self.folder / str(step)).rename(gone)
+        shutil.rmtree(gone)
+        self.scores.pop(step, None)
+        self.manager.reload()
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return json.loads((self.folder / str(step) / "about" / "metadata").read_text())["score"]
+        except (OSError, ValueError, KeyError):
+            return None  # restore_latest says what is wrong with it
+
+    def _guarded(self, step: int, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax and TensorStore raise many types for a full disk
+            self.scores.pop(step, None)
+            last = self.steps()[-1:] or ["none"]
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"checkpoint {step} could not be written to {self.folder}: {reason}; the last good "
+                f"one is {last[0]}. Once that is mended, the same command goes on from it."
+            ) from error
+
+
+@jax.jit
+def _sums(leaves: list[Any]) -> list[Any]:
+    def one(x: Any) -> Any:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def checksums(state: Any) -> list[int]:
+    """The sum of every array's bits as whole numbers, wrapped at 2^32: order does not matter."""
+    return [int(x) for x in jax.device_get(_sums(jax.tree.leaves(state)))]

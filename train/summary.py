@@ -1,0 +1,90 @@
+"""What a run says at its start and its end."""
+
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from dspark_jax.config import DraftConfig
+from dspark_jax.train.draft_files import WarmStart
+from dspark_jax.train.files import LoadedTarget
+from dspark_jax.train.proof import holds
+from dspark_jax.train.settings import TrainSettings
+
+
+def summary(loaded: LoadedTarget, start: WarmStart, config: DraftConfig, mesh: Mesh) -> str:
+    """The models and where they run."""
+    kind = mesh.devices.flat[0].platform
+    return (
+        f"target {loaded.folder.name}: {count(loaded.params):,} parameters; "
+        f"draft {count(start.params):,} ({config.draft_length} tokens a round, Markov rank "
+        f"{config.markov_rank}); {mesh.size} of {jax.device_count()} {kind} device(s)"
+    )
+
+
+def closing(
+    console: Console,
+    settings: TrainSettings,
+    report: dict[str, Any],
+    arguments: Sequence[str],
+) -> None:
+    """The last lines: what came out, where it is, what to type next."""
+    for name, part in report["served"].items():
+        console.print(
+            f"{name}: acceptance length {part['acceptance_length']:.2f}, "
+            f"{part['tokens_per_second']:.0f} tokens/s against "
+            f"{part['plain_tokens_per_second']:.0f} plain ({part['speedup']:.2f}x)"
+        )
+    elsewhere = report["served"]["greedy"].get("transformers")
+    if elsewhere is not None:
+        console.print(
+            f"transformers' generate on the same files: "
+            f"{elsewhere['tokens_per_second']:.0f} tokens/s"
+        )
+    same = "yes" if holds(report["served"]) else "NO, see the report"
+    console.print(f"greedy answers identical to plain decoding: {same}")
+    checkpoint = report["checkpoint"]
+    console.print(f"checkpoint {checkpoint}")
+    console.print(f"report     {settings.output / 'report.md'}")
+    console.print(
+        "next       "
+        + command(
+            [*repeated(arguments), "--warm-start", checkpoint, "--steps", "2000"]
+            + ["--output", f"{settings.output}-longer"]
+        )
+    )
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line as it can be typed again."""
+    return shlex.join(["python", "-m", "dspark_jax.train", *arguments])
+
+
+def machine() -> str:
+    """What the numbers were taken on."""
+    device = jax.devices()[0]
+    return (
+        f"{jax.device_count()} {device.device_kind} ({device.platform}), {os.cpu_count()} CPU "
+        f"cores, Python {platform.python_version()}, jax {jax.__version__}"
+    )
+
+
+def repeated(arguments: Sequence[str]) -> list[str]:
+    """The command line's flags but those that the closing line gives anew."""
+    kept, skip = [], False
+    for word in arguments:
+        anew = word.split("=")[0] in ("--steps", "--output", "--warm-start")
+        if not (anew or skip):
+            kept.append(word)
+        skip = anew and "=" not in word
+    return kept
+
+
+def count(params: Any) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
