@@ -1,14 +1,15 @@
 """The training loop: steps, records, checkpoints; it goes on from where a stopped run was left."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dspark_jax.train.checkpoints import Checkpoints, Restored
+from dspark_jax.train.checkpoints import Checkpoints, Restored, Say
 from dspark_jax.train.config_file import to_json
 from dspark_jax.train.data import Data
 from dspark_jax.train.loggers import MetricsLog
@@ -31,7 +32,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    job: Job, state: TrainState, data: Data, made_of: dict[str, Any], bar: Bar, say: Callable
+    job: Job, state: TrainState, data: Data, made_of: dict[str, Any], bar: Bar, say: Say
 ) -> Trained:
     """Run the steps that are left; `made_of` says what a resumed run must find unchanged.
 
@@ -39,57 +40,96 @@ def train(
     loss that is no number, on data that changed, and when a checkpoint cannot be written.
     """
     settings = job.settings
-    checkpoints = Checkpoints(settings.output / "checkpoints", settings.keeping.keep, say)
-    batches = pack(data.train, settings.sequence_length, settings.batch_rows, settings.seed)
-    found = checkpoints.restore_latest(state)
-    tokens = 0
-    if found is not None:
-        check_same(found, made_of, settings.output)
-        state, tokens = found.state, found.about["tokens"]
-        batches.set_state(found.about["position"])
-        say(f"going on from step {found.step} of {settings.steps}")
-    first = 0 if found is None else found.step
-    names = settings.keeping.loggers
-    log = MetricsLog(settings.output, names, to_json(settings), first)
-    step, validate = make_step(job), make_validator(job)
-    recent, started, before = Recent(), time.monotonic(), tokens
-
-    def save(score: float | None) -> None:
-        about = made_of | {"tokens": tokens, "position": batches.get_state()}
-        checkpoints.save(number, state, about, score)
-
-    with stopping() as stop:
-        number = first
-        while number < settings.steps and not stop.wanted:
-            number += 1
-            packed, fetched = job.source.fetch(next(batches))
-            tokens += int((packed.document >= 0).sum())
-            given = on_mesh(job, (packed.batch, fetched))
-            state, metrics = step(state, job.target_params, job.frozen, *given)
-            recent.add(number, metrics, packed)
-            due = number % settings.keeping.save_every == 0 or number == settings.steps
-            if number % LOG_EVERY == 0 or number in (1, settings.steps) or due or stop.wanted:
-                record = recent.checked()
-                if number % LOG_EVERY == 0 or number in (1, settings.steps):
-                    speed = (tokens - before) / (time.monotonic() - started)
-                    record = {"step": number, "tokens": tokens, "tokens/s": speed} | record
-                    log.write(record)
-                    bar.show(number, settings.steps, record)
-            if due:
-                table = validate(state.params, held_out_batches(settings, data)).table
-                log.write_validation(number, table)
-                save(table["mean_accepted_length"])
-        recent.checked()
-        if number not in checkpoints.scores:
-            save(None)
-    checkpoints.finish()
-    best = checkpoints.best()
-    if number == settings.steps and best not in (None, number):
+    folder, keep = settings.output / "checkpoints", settings.keeping.keep
+    with closing(Checkpoints(folder, keep, say)) as checkpoints:
+        loop = Loop(job, state, data, made_of, checkpoints)
+        loop.resume(say)
+        names = settings.keeping.loggers
+        with (
+            closing(MetricsLog(settings.output, names, to_json(settings), loop.number)) as log,
+            stopping() as stop,
+        ):
+            while loop.number < settings.steps and not stop.wanted:
+                loop.advance()
+                loop.report(log, bar)
+            loop.save_unsaved()
+        best = checkpoints.best()
+        if loop.number < settings.steps or best in (None, loop.number):
+            return Trained(loop.state.params, loop.number, loop.number)
         say(f"step {best} was better in validation than the last one; its weights are taken")
-        state = checkpoints.restore(best, state).state
-    checkpoints.close()
-    log.close()
-    return Trained(state.params, number if best is None else best, number)
+        params = checkpoints.restore(best, loop.state).state.params
+        return Trained(params, best, loop.number)
+
+
+class Loop:
+    """A run at one of its steps: state, place in the data, and what has been seen of the loss."""
+
+    def __init__(
+        self,
+        job: Job,
+        state: TrainState,
+        data: Data,
+        made_of: dict[str, Any],
+        checkpoints: Checkpoints,
+    ):
+        settings = job.settings
+        self.job, self.state, self.data, self.made_of = job, state, data, made_of
+        self.checkpoints, self.recent = checkpoints, Recent()
+        self.number = self.tokens = self.tokens_before = 0
+        self.started = time.monotonic()
+        self.batches = pack(
+            data.train, settings.sequence_length, settings.batch_rows, settings.seed
+        )
+        self.step, self.validate = make_step(job), make_validator(job)
+
+    def resume(self, say: Say) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = self.checkpoints.restore_latest(self.state)
+        if found is None:
+            return
+        check_same(found, self.made_of, self.job.settings.output)
+        self.state, self.number = found.state, found.step
+        self.tokens = self.tokens_before = found.about["tokens"]
+        self.batches.set_state(found.about["position"])
+        say(f"going on from step {found.step} of {self.job.settings.steps}")
+
+    def advance(self) -> None:
+        """One step; the host does not wait for it."""
+        packed, fetched = self.job.source.fetch(next(self.batches))
+        given = on_mesh(self.job, (packed.batch, fetched))
+        tables = (self.job.target_params, self.job.frozen)
+        self.state, metrics = self.step(self.state, *tables, *given)
+        self.number += 1
+        self.tokens += int((packed.document >= 0).sum())
+        self.recent.add(self.number, metrics, packed)
+
+    def report(self, log: MetricsLog, bar: Bar) -> None:
+        """Where it is time for it: a record, and a validated checkpoint."""
+        settings, number = self.job.settings, self.number
+        last = number == settings.steps
+        if number % LOG_EVERY == 0 or number == 1 or last:
+            means = self.recent.checked()
+            speed = (self.tokens - self.tokens_before) / (time.monotonic() - self.started)
+            record = {"step": number, "tokens": self.tokens, "tokens/s": speed} | means
+            log.write(record)
+            bar.show(number, settings.steps, record)
+        if number % settings.keeping.save_every == 0 or last:
+            self.recent.checked()
+            held_out = held_out_batches(settings, self.data)
+            table = self.validate(self.state.params, held_out).table
+            log.write_validation(number, table)
+            self.save(table["mean_accepted_length"])
+
+    def save_unsaved(self) -> None:
+        """A checkpoint of a run that was stopped between two."""
+        self.recent.checked()
+        if self.number not in self.checkpoints.scores:
+            self.save(None)
+
+    def save(self, score: float | None) -> None:
+        """Begin to write a checkpoint of this step."""
+        about = {"tokens": self.tokens, "position": self.batches.get_state()}
+        self.checkpoints.save(self.number, self.state, self.made_of | about, score)
 
 
 def held_out_batches(settings: TrainSettings, data: Data) -> Iterator[Packed]:
