@@ -2,30 +2,13 @@
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from dspark_jax.train.config_file import read_config
 from dspark_jax.train.presets import PRESETS
-from dspark_jax.train.settings import TrainSettings
-
-
-@dataclass(frozen=True)
-class Command:
-    """Train a DSpark draft for a target, then measure real speculative decoding with it."""
-
-    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
-    preset: str = "tiny"
-    """Where the defaults come from: tiny, qwen3-8b, glm-5.2 or glm-5.2-3layer."""
-    config: Path | None = None
-    """config.json of a run (or its folder) that the defaults come from instead."""
-    fresh: bool = False
-    """Start over in an --output that holds a run, which is otherwise continued."""
-    inspect_data: bool = False
-    """Print a few training examples with the trained tokens marked, and stop."""
+from dspark_jax.train.settings import Command
 
 
 def parse(arguments: list[str]) -> Command:
@@ -50,17 +33,23 @@ def parse(arguments: list[str]) -> Command:
 def main() -> int:
     """Exit code 0; 1 when the proof failed; 2 with one sentence for what the user can mend.
 
-    A run that is stopped by Ctrl-C or SIGTERM saves what it has and ends with 0.
+    Training that is stopped by Ctrl-C or SIGTERM saves what it has and ends with 0.
     """
     arguments = sys.argv[1:]
     try:
         command = parse(arguments)
         from dspark_jax.train.run import run  # jax is imported only once the flags are right
 
-        return 0 if run(command.settings, arguments, command.fresh, command.inspect_data) else 1
+        return 0 if run(command, arguments) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; once that is mended, the same command goes on.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

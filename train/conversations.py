@@ -47,11 +47,15 @@ def read_conversations(path: Path) -> list[Example]:
 def write_conversations(path: Path, conversations: Iterable[Messages]) -> None:
     """Write plain turns in the first format that `read_conversations` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = {"user": "human", "assistant": "gpt", "system": "system"}
     with path.open("w", encoding="utf-8") as file:
-        for messages in conversations:
-            turns = [{"from": names[m["role"]], "value": m["content"]} for m in messages]
-            file.write(json.dumps({"conversations": turns}) + "\n")
+        file.writelines(map(conversation_line, conversations))
+
+
+def conversation_line(messages: Messages) -> str:
+    """One conversation of plain turns as a line of JSONL."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in messages]
+    return json.dumps({"conversations": turns}) + "\n"
 
 
 def tokenise_all(tokenizer: Any, examples: Sequence[Example], what: Path | str) -> list[Row]:

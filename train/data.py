@@ -1,9 +1,7 @@
 """A run's data: the user's conversations, or prompts the target answers itself; then token rows."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +12,12 @@ from dspark_jax.train.conversations import (
     Tokenised,
     check_trainable,
     prompt_tokens,
-    read_conversations,
     tokenise_all,
-    write_conversations,
 )
-from dspark_jax.train.files import LoadedTarget, target_fingerprint, tokenizer_fingerprint
-from dspark_jax.train.prompts import answer, fitting, library_prompts
+from dspark_jax.train.files import LoadedTarget
+from dspark_jax.train.regenerate import regenerate
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.types import Target
-
-ANSWER_BATCH = 64
 
 
 class Data(NamedTuple):
@@ -119,59 +113,6 @@ def describe(data: Data, sequence_length: int) -> str:
         f"; --sequence-length {sequence_length} cuts {len(long):,} training rows, which lose "
         f"{lost:,} ({lost / answers:.1%}) of the answer tokens"
     )
-
-
-def regenerate(
-    settings: TrainSettings,
-    target: Target,
-    loaded: LoadedTarget,
-    progress: Callable[[int, int, int], None],
-) -> tuple[list[Example], list[Example]]:
-    """Conversations answered by the target, written to OUTPUT/data and reused when they match."""
-    folder = settings.output / "data"
-    recipe = {
-        "target_sha256": target_fingerprint(loaded.folder),
-        "tokenizer_sha256": tokenizer_fingerprint(loaded.tokenizer),
-        "conversations": settings.conversations,
-        "prompt_tokens": settings.prompt_tokens,
-        "answer_tokens": settings.answer_tokens,
-        "seed": settings.seed,
-    }
-    files = [folder / "train.jsonl", folder / "held_out.jsonl"]
-    stamp = folder / "recipe.json"
-    if stamp.exists() and json.loads(stamp.read_text()) == recipe:
-        return read_conversations(files[0]), read_conversations(files[1])
-    stamp.unlink(missing_ok=True)
-    prompts = library_prompts(settings.seed)
-    kept = max(ANSWER_BATCH, settings.conversations // 8)
-    fit = partial(fitting, loaded.tokenizer, longest_prompt=settings.prompt_tokens)
-    wanted = {
-        files[0]: fit(prompts.train, wanted=settings.conversations),
-        files[1]: fit(prompts.held_out, wanted=kept),
-    }
-    total, done, made_tokens = sum(map(len, wanted.values())), 0, 0
-
-    def count(answers: int, tokens: int) -> None:
-        nonlocal done, made_tokens
-        done, made_tokens = done + answers, made_tokens + tokens
-        progress(done, total, made_tokens)
-
-    for path, texts in wanted.items():
-        conversations = answer(
-            target,
-            loaded.params,
-            loaded.tokenizer,
-            texts,
-            settings.prompt_tokens,
-            settings.answer_tokens,
-            loaded.ends,
-            ANSWER_BATCH,
-            settings.seed,
-            count,
-        )
-        write_conversations(path, conversations)
-    stamp.write_text(json.dumps(recipe, indent=1) + "\n")
-    return read_conversations(files[0]), read_conversations(files[1])
 
 
 def frequent_ids(rows: list[Row], vocab_size: int, draft_vocab_size: int) -> np.ndarray:

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dspark_jax.train.config_file import differences, write_config
-from dspark_jax.train.settings import TrainSettings
+from dspark_jax.train.settings import Command
 
 RESULTS = ("checkpoints", "draft", "metrics.jsonl", "tensorboard", "wandb", "wandb_run")
 REPORTS = ("report.json", "report.md", "loss.png", "acceptance.png", "confidence.png")
 
 
 @contextmanager
-def claimed(settings: TrainSettings, fresh: bool) -> Iterator[None]:
+def claimed(given: Command) -> Iterator[None]:
     """Take the output folder for this run, and hold it while inside.
 
     Raises ValueError when it cannot be made, when another process holds it, and when it holds a
-    run of other settings; `fresh` removes that run's results instead. Regenerated answers stay,
-    they are used again where they fit.
+    run of other settings, or any with `--no-resume`; `--fresh` removes that run's results instead.
+    Regenerated answers stay, they are used again where they fit.
     """
-    output = settings.output
+    settings, output = given.settings, given.settings.output
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("a+")
@@ -36,10 +36,15 @@ def claimed(settings: TrainSettings, fresh: bool) -> Iterator[None]:
                 f"another process is training in {output}; wait for it or give another --output."
             ) from None
         config = output / "config.json"
-        if fresh:
+        if given.fresh:
             for name in (*RESULTS, *REPORTS):
                 remove(output / name)
-        elif config.exists():
+        elif config.exists() and any((output / name).exists() for name in RESULTS):
+            if not given.resume:
+                raise ValueError(
+                    f"{output} holds a run and --no-resume is given; leave that out to go on with "
+                    "it, give another --output, or --fresh to start over."
+                )
             found = differences(settings, config)
             if found:
                 raise ValueError(

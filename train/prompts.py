@@ -1,6 +1,6 @@
 """The main job's data: functions of the standard library, answered by the target itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def fitting(tokenizer: Any, texts: Sequence[str], longest_prompt: int, wanted: i
     return list(islice(filter(fits, texts), wanted))
 
 
-def answer(
+def answers(
     target: Target,
     params: Any,
     tokenizer: Any,
@@ -56,30 +56,29 @@ def answer(
     ends: tuple[int, ...],
     batch: int,
     seed: int,
-    progress: Callable[[int, int], None],
-) -> list[Messages]:
-    """Conversations of the given prompts with the target's own answers at temperature 1.
+    first: int = 0,
+) -> Iterator[tuple[list[Messages], int]]:
+    """Conversations of the prompts from `first` on, with the target's own answers at temperature 1.
 
-    No prompt may have more than `longest_prompt` tokens; `progress(n, tokens)` hears of n more.
+    Yields (conversations, tokens made) of one batch after another. No prompt may have more than
+    `longest_prompt` tokens. An answer depends on its place in `texts` and the seed alone, so
+    beginning later changes none.
     """
-    asked = [[{"role": "user", "content": text}] for text in texts]
-    prompts = [(messages, prompt_tokens(tokenizer, messages)) for messages in asked]
     run = jax.jit(partial(_answer_batch, target, longest_prompt, max_tokens))
     prepared = jax.jit(target.prepare)(params)
-    end = jnp.array(ends)
-    conversations: list[Messages] = []
-    for first in range(0, len(prompts), batch):
-        group = prompts[first : first + batch]
-        padded = [tokens for _, tokens in group] + [group[-1][1]] * (batch - len(group))
-        keys = jax.random.split(jax.random.key(seed + first), batch)
-        made = run(prepared, *pad_prompts(padded, longest_prompt), keys, end)
+    for start in range(first, len(texts), batch):
+        asked = [[{"role": "user", "content": text}] for text in texts[start : start + batch]]
+        prompts = [prompt_tokens(tokenizer, messages) for messages in asked]
+        padded = prompts + [prompts[-1]] * (batch - len(prompts))
+        keys = jax.random.split(jax.random.key(seed + start), batch)
+        made = run(prepared, *pad_prompts(padded, longest_prompt), keys, jnp.array(ends))
         tokens, count = np.asarray(made.tokens), np.asarray(made.length)
-        for i, (messages, _) in enumerate(group):
+        conversations: list[Messages] = []
+        for i, messages in enumerate(asked):
             ids = [t for t in tokens[i, : count[i]] if t not in ends]
             reply = {"role": "assistant", "content": tokenizer.decode(ids)}
             conversations.append([*messages, reply])
-        progress(len(group), int(count[: len(group)].sum()))
-    return conversations
+        yield conversations, int(count[: len(asked)].sum())
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:

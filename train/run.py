@@ -32,7 +32,7 @@ from dspark_jax.train.presets import draft_config
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.proof import holds, prove
 from dspark_jax.train.report import write_report
-from dspark_jax.train.settings import TrainSettings
+from dspark_jax.train.settings import Command, TrainSettings
 from dspark_jax.train.summary import closing, command, machine, summary
 from dspark_jax.train.trainer import init_state, make_job
 from dspark_jax.train.training import Trained, train
@@ -42,20 +42,15 @@ from dspark_jax.types import Target
 TRANSFORMERS_PROMPTS = 8
 
 
-def run(
-    settings: TrainSettings,
-    arguments: Sequence[str] = (),
-    fresh: bool = False,
-    inspect_data: bool = False,
-) -> bool:
-    """Train a draft and prove what it is worth; everything lands in `settings.output`.
+def run(given: Command, arguments: Sequence[str] = ()) -> bool:
+    """Train a draft and prove what it is worth; everything lands in the output folder.
 
     `arguments` are the command line's, for the closing line. A run that is stopped can be given
     again and goes on. False when the proof failed.
     """
-    console = Console(soft_wrap=True)
+    settings, console = given.settings, Console(soft_wrap=True)
     check_settings(settings)
-    given = None if settings.data is None else read_conversations(settings.data)
+    examples = None if settings.data is None else read_conversations(settings.data)
     loaded = load_target(settings.target or embedded("tiny-glm"), settings.draft.aux_layer_ids)
     config = draft_config(settings.draft, loaded.config, mask_token(loaded))
     start = starting_point(settings, config, loaded, console)
@@ -64,12 +59,12 @@ def run(
         make_mesh(settings.mesh, settings.batch_rows // settings.accumulate),
     )
     check_batch(settings, mesh)
-    with claimed(settings, fresh):
+    with claimed(given):
         console.print(summary(loaded, start, config, mesh))
         with Bar(console, "answers", ("tokens/s",)) as bar:
-            data = load_data(settings, target, loaded, given, partial(report_answers, bar))
+            data = load_data(settings, target, loaded, examples, partial(report_answers, bar))
         console.print(describe(data, settings.sequence_length))
-        if inspect_data:
+        if given.inspect_data:
             inspect(data.train, loaded.tokenizer, console)
             return True
         source = states_source(settings, config, target, loaded, data, console)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from dspark_jax.config import (
     RECIPES,
@@ -156,3 +158,20 @@ class TrainSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     mesh: MeshConfig = MeshConfig()
     keeping: KeepingOptions = KeepingOptions()
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train a DSpark draft for a target, then measure real speculative decoding with it."""
+
+    settings: Annotated[TrainSettings, tyro.conf.arg(name="")]
+    preset: str = "tiny"
+    """Where the defaults come from: tiny, qwen3-8b, glm-5.2 or glm-5.2-3layer."""
+    config: Path | None = None
+    """config.json of a run (or its folder) that the defaults come from instead."""
+    resume: bool = True
+    """Go on with the run that --output holds; --no-resume refuses to touch it."""
+    fresh: bool = False
+    """Start over in an --output that holds a run."""
+    inspect_data: bool = False
+    """Print a few training examples with the trained tokens marked, and stop."""

@@ -16,7 +16,7 @@ from dspark_jax.anchors import sample_blocks
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import draft_graphdef
 from dspark_jax.losses import denominator
-from dspark_jax.metrics import Metrics
+from dspark_jax.metrics import Metrics, at_least_one, count, pair
 from dspark_jax.objective import Outcome, Part, Teacher, batch_loss, teacher_unembed
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.hidden_states import HiddenStates
@@ -116,6 +116,15 @@ def draw_blocks(job: Job, batch: Batch, key: Any) -> Blocks:
     return jax.vmap(draw)(keys, batch.tokens, batch.loss_mask, batch.segment)
 
 
+def coverage(batch: Batch, blocks: Blocks) -> Metrics:
+    """The share of the answers' tokens that at least one trained slot starts from."""
+    K, T = blocks.label_mask.shape[-1], batch.tokens.shape[1]
+    row = (blocks.anchor[..., None] + jnp.arange(K)).reshape(len(batch.tokens), -1)
+    trained = blocks.label_mask.reshape(row.shape)
+    seen = jax.vmap(lambda r, m: jnp.zeros(T, bool).at[r].max(m))(row, trained)
+    return pair("coverage", count(seen), at_least_one(batch.loss_mask))
+
+
 def init_state(job: Job, params: Any) -> TrainState:
     """The state before the first step, placed on the mesh."""
     optimizer = make_optimizer(job.settings.optimizer, job.settings.steps)
@@ -147,7 +156,7 @@ def make_gradient(job: Job) -> Callable[..., tuple[Any, Metrics]]:
 
         def of(piece: Any) -> tuple[Any, Metrics]:
             found, outcome = differentiate(params, target_params, frozen, *piece, part)
-            return found, outcome.metrics
+            return found, outcome.metrics | coverage(piece[0], piece[2])
 
         pieces = (batch, fetched, blocks)
         first = jax.tree.map(lambda x: x[0], pieces)

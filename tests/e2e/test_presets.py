@@ -81,7 +81,7 @@ def test_a_glm_preset_trains_serves_and_is_lossless(
     name: str, deep_target: Path, tmp_path: Path
 ) -> None:
     flags = ["--preset", name, "--target", str(deep_target), "--output", str(tmp_path), *FLAGS]
-    run(parse(flags).settings)
+    run(parse(flags))
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["served"]["greedy"]["identical_to_plain"] is True
     described = json.loads((tmp_path / "draft/config.json").read_text())

@@ -47,8 +47,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(shared: Path, output: Path, *extra: Any) -> subprocess.Popen[str]:
-    flags = [*FLAGS, "--data", shared / "data.jsonl", "--output", output, *extra]
+def start(shared: Path, output: Path, *extra: Any, data: bool = True) -> subprocess.Popen[str]:
+    flags = [*FLAGS, "--output", output, *extra]
+    flags += ["--data", shared / "data.jsonl"] if data and "--data" not in extra else []
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -205,6 +206,31 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
     bad = int(err.split("at step ")[1].split(",")[0])
     assert kept and all(step < bad for step in kept)
+
+
+def test_a_kill_while_the_target_answers_keeps_its_answers(shared: Path, tmp_path: Path):
+    flags = ("--conversations", 150, "--inspect-data")
+    for name in ("whole", "killed"):
+        child = start(shared, tmp_path / name, *flags, data=False)
+        growing = tmp_path / name / "data/train.jsonl.partial"
+        while name == "killed" and child.poll() is None:
+            if growing.exists() and growing.read_text().count("\n") >= 64:
+                child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert growing.exists()
+    kept = growing.read_text()
+    code, out, err = finish(start(shared, tmp_path / "killed", *flags, data=False))
+    assert code == 0 and "tokens, " in out and "⟦" in out, out + err
+    for name in ("train", "held_out"):
+        files = [tmp_path / run / f"data/{name}.jsonl" for run in ("whole", "killed")]
+        assert files[0].read_text() == files[1].read_text()
+    assert files[1].with_name("train.jsonl").read_text().startswith(kept[: kept.rindex("\n")])
+
+
+def test_a_run_is_not_touched_with_no_resume(shared: Path):
+    assert "holds a run and --no-resume is given" in refused(
+        shared, shared / "whole", "--no-resume"
+    )
 
 
 def test_two_runs_do_not_share_a_folder(shared: Path, tmp_path: Path):

@@ -1,0 +1,104 @@
+"""Conversations answered by the target itself, in OUTPUT/data; what a stopped run made is kept."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.train.conversations import Example, Messages, conversation_line, read_conversations
+from dspark_jax.train.files import LoadedTarget, target_fingerprint, tokenizer_fingerprint
+from dspark_jax.train.prompts import answers, fitting, library_prompts
+from dspark_jax.train.settings import TrainSettings
+from dspark_jax.types import Target
+
+BATCH = 64
+
+
+def regenerate(
+    settings: TrainSettings,
+    target: Target,
+    loaded: LoadedTarget,
+    progress: Callable[[int, int, int], None],
+) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) conversations; those of the same recipe are used again.
+
+    Where the library has fewer prompts than training asks for, they are answered again.
+    `progress(done, total, tokens made now)` follows the making.
+    """
+    folder = settings.output / "data"
+    recipe = {
+        "target_sha256": target_fingerprint(loaded.folder),
+        "tokenizer_sha256": tokenizer_fingerprint(loaded.tokenizer),
+        "conversations": settings.conversations,
+        "prompt_tokens": settings.prompt_tokens,
+        "answer_tokens": settings.answer_tokens,
+        "seed": settings.seed,
+    }
+    files = [folder / "train.jsonl", folder / "held_out.jsonl"]
+    begin(folder, recipe, files)
+    if not all(path.exists() for path in files):
+        prompts = library_prompts(settings.seed)
+        fit = partial(fitting, loaded.tokenizer, longest_prompt=settings.prompt_tokens)
+        kept = max(BATCH, settings.conversations // 8)
+        train = fit(prompts.train, wanted=settings.conversations)
+        again = -(-settings.conversations // len(train)) if train else 1
+        wanted = [(train * again)[: settings.conversations], fit(prompts.held_out, wanted=kept)]
+        make = partial(answers, target, loaded.params, loaded.tokenizer)
+        sizes = (settings.prompt_tokens, settings.answer_tokens, loaded.ends, BATCH, settings.seed)
+        total, done, made = sum(map(len, wanted)), 0, 0
+        for path, texts in zip(files, wanted, strict=True):
+            for count, tokens in complete(path, texts, partial(make, texts, *sizes)):
+                done, made = done + count, made + tokens
+                progress(done, total, made)
+    return read_conversations(files[0]), read_conversations(files[1])
+
+
+def begin(folder: Path, recipe: dict[str, Any], files: Sequence[Path]) -> None:
+    """Keep what lies there when it was made by this recipe, else begin anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "recipe.json"
+    if stamp.exists() and json.loads(stamp.read_text()) == recipe:
+        return
+    stamp.unlink(missing_ok=True)
+    for path in files:
+        path.unlink(missing_ok=True)
+        unfinished(path).unlink(missing_ok=True)
+    partial_stamp = unfinished(stamp)
+    partial_stamp.write_text(json.dumps(recipe, indent=1) + "\n")
+    os.replace(partial_stamp, stamp)
+
+
+def complete(
+    path: Path, texts: Sequence[str], make: Callable[..., Iterator[tuple[list[Messages], int]]]
+) -> Iterator[tuple[int, int]]:
+    """Answer what is missing in a file, batch by batch; yields (conversations, tokens made)."""
+    if path.exists():
+        yield len(texts), 0
+        return
+    partial_path = unfinished(path)
+    kept = whole_batches(partial_path)
+    yield len(kept), 0
+    with partial_path.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        for conversations, tokens in make(first=len(kept)):
+            file.writelines(map(conversation_line, conversations))
+            file.flush()
+            yield len(conversations), tokens
+    os.replace(partial_path, path)
+
+
+def whole_batches(path: Path) -> list[str]:
+    """The lines of the batches that an unfinished file holds whole."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [line + "\n" for line in islice(lines, len(lines) // BATCH * BATCH)]
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is while it is written."""
+    return path.with_name(path.name + ".partial")
