@@ -8,9 +8,19 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import atexit  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # The real commands, each a process of its own, compile the same programs over and over.
+    COMPILED = tempfile.mkdtemp(prefix="dspark-jax-compiled.")
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

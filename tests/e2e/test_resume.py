@@ -26,7 +26,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a compilation cache that makes restarts quick, and one run that nothing disturbed."""
+    """Data, and one run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("shared")
     names = [f"add_{i}" for i in range(120)]
     write_conversations(
@@ -50,15 +50,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(shared: Path, output: Path, *extra: Any, data: bool = True) -> subprocess.Popen[str]:
     flags = [*FLAGS, "--output", output, *extra]
     flags += ["--data", shared / "data.jsonl"] if data and "--data" not in extra else []
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "XLA_FLAGS": "",
-    }
     return subprocess.Popen(
         [sys.executable, "-m", "dspark_jax.train", *map(str, flags)],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,7 +116,11 @@ def test_a_run_killed_at_many_random_moments_does_so_too(shared: Path, tmp_path:
     same_end(shared, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     shared: Path, tmp_path: Path, number: signal.Signals
 ):
@@ -167,6 +166,7 @@ def test_another_runs_folder_and_changed_data_are_refused(shared: Path, tmp_path
     assert code == 0, out + err
 
 
+@pytest.mark.slow
 def test_a_config_can_be_passed_back_and_a_misspelt_setting_is_refused(
     shared: Path, tmp_path: Path
 ):
@@ -182,6 +182,7 @@ def test_a_config_can_be_passed_back_and_a_misspelt_setting_is_refused(
     assert "'optimizer.learning_rat' that does not exist; did you mean 'learning_rate'?" in error
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(shared: Path, tmp_path: Path):
     child = start(shared, tmp_path)
     wait_for(child, tmp_path, 8)
@@ -208,6 +209,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert kept and all(step < bad for step in kept)
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_target_answers_keeps_its_answers(shared: Path, tmp_path: Path):
     flags = ("--conversations", 150, "--inspect-data")
     for name in ("whole", "killed"):
