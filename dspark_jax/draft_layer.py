@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax.block_attention import Part, attend_tiled, combine
 from dspark_jax.config import DraftConfig
-from dspark_jax.layers import Linear, RMSNorm, SwiGLU, rotate_half
+from dspark_jax.layers import Linear, RMSNorm, SwiGLU, product, rotate_half
 
 
 class Attention(nnx.Module):
@@ -80,36 +81,22 @@ def attend(
 ) -> Float[Array, "B N K H*d"]:
     """Softmax attention of block slots over the context's rows and their own block's slots.
 
-    The scores are [slots, C] and [slots, K], exponentiated apart and normalised by their common
-    sum; the square over every slot never exists. A slot always sees itself, so no sum is empty.
+    The two are computed apart and put together, so the square over every slot never exists. A slot
+    always sees itself, so no sum is empty.
     """
     B, N, K, H, d = query.shape
-    grouped = query.reshape(B, N, K, -1, H // context[0].shape[2], d)
-    over_context = _scores("bnkhgd,bchd->bhnkgc", grouped, context[0])
-    over_context = jnp.where(context_seen[:, None, :, None, None, :], over_context, -jnp.inf)
-    over_block = _scores("bnkhgd,bnjhd->bhnkgj", grouped, block[0])
-    over_block = jnp.where(block_seen[:, None, :], over_block, -jnp.inf)
-    largest = jnp.maximum(
-        over_context.max(axis=-1, keepdims=True), over_block.max(axis=-1, keepdims=True)
-    )
-    largest = jax.lax.stop_gradient(largest)
-    on_context, on_block = jnp.exp(over_context - largest), jnp.exp(over_block - largest)
-    total = on_context.sum(axis=-1, keepdims=True) + on_block.sum(axis=-1, keepdims=True)
-    out = _blend("bhnkgc,bchd->bhnkgd", on_context, context[1])
-    out = (out + _blend("bhnkgj,bnjhd->bhnkgd", on_block, block[1])) / total
-    return jnp.moveaxis(out, 1, 3).astype(query.dtype).reshape(B, N, K, H * d)
-
-
-def _scores(axes: str, query: Float[Array, "..."], key: Float[Array, "..."]) -> Float[Array, "..."]:
-    dim = query.shape[-1]
-    return jnp.einsum(axes, query, key, preferred_element_type=jnp.float32) * dim**-0.5
-
-
-def _blend(
-    axes: str, weights: Float[Array, "..."], value: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    weights = weights.astype(value.dtype)
-    return jnp.einsum(axes, weights, value, preferred_element_type=jnp.float32)
+    heads = context[0].shape[2]
+    grouped = query.reshape(B, N, K, heads, H // heads, d) * d**-0.5
+    flat = jnp.moveaxis(grouped, 3, 1).reshape(B, heads, N, -1, d).astype(query.dtype)
+    keys, values = (jnp.moveaxis(x, 2, 1) for x in context)
+    over_context = attend_tiled(flat, keys, values, context_seen)
+    score = product("bnkhgd,bnjhd->bhnkgj", grouped.astype(query.dtype), block[0])
+    score = jnp.where(block_seen[:, None, :], score, -jnp.inf)
+    weight = jax.nn.softmax(score).astype(query.dtype)
+    out = product("bhnkgj,bnjhd->bhnkgd", weight, block[1]).reshape(flat.shape)
+    lse = jax.nn.logsumexp(score, axis=-1).reshape(flat.shape[:-1])
+    both = combine(over_context, Part(out, lse)).astype(query.dtype)
+    return jnp.moveaxis(both.reshape(B, heads, N, K, -1, d), 1, 3).reshape(B, N, K, H * d)
 
 
 def before_anchor(segment: Int[Array, "B T"], anchor: Int[Array, "B N"]) -> Bool[Array, "B N T"]:

@@ -12,7 +12,7 @@ Record = dict[str, Any]
 class Logger(Protocol):
     """One more place for numbers."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float | int]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -26,7 +26,7 @@ class TensorBoard:
         # Records a stopped run left beyond its last checkpoint are purged by TensorBoard itself.
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=from_step)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
@@ -52,7 +52,7 @@ class WandB:
         )
         kept.write_text(self.run.id + "\n")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ class Bar:
         """Time since the bar was made."""
         return time.monotonic() - self.started
 
-    def show(self, done: int, total: int, values: Mapping[str, float]) -> None:
+    def show(self, done: int, total: int, values: Mapping[str, float | int]) -> None:
         """Move the bar; `values` may hold more than is shown."""
         text = "  ".join(f"{name} {values[name]:,.4g}" for name in self.names if name in values)
         self.progress.update(self.task, completed=done, total=total, values=text)
