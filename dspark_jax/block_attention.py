@@ -49,8 +49,8 @@ def attend_tiled(
     query = jnp.pad(query, ((0, 0), (0, 0), (0, pad_n), (0, 0), (0, 0)))
     key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_c), (0, 0))) for x in (key, value))
     seen = jnp.pad(seen, ((0, 0), (0, pad_n), (0, pad_c)))
-    out, lse = _attend((n, c), query, key, value, seen)
-    return Part(out[:, :, :N], lse[:, :, :N])
+    part: Any = _attend((n, c), query, key, value, seen)
+    return Part(*(x[:, :, :N] for x in part))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

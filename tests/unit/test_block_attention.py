@@ -1,12 +1,13 @@
 """Tiled attention of blocks equals the plain softmax, values and gradients, at every tile size."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from dspark_jax.block_attention import NOTHING, Part, attend_tiled, combine
 
@@ -21,12 +22,13 @@ def plain(query: Array, key: Array, value: Array, seen: Array) -> Part:
     return Part(out, jax.nn.logsumexp(score, axis=-1))
 
 
-def given(seed: int = 0) -> tuple[Float[Array, "..."], ...]:
-    """Queries, keys and values, and an upstream gradient for either result."""
+def given(seed: int = 0) -> tuple[list[Array], Array, Array]:
+    """Queries, keys and values; an upstream gradient for either result."""
     keys = jax.random.split(jax.random.key(seed), 5)
-    shapes = (B, HEADS, N, R, D), (B, HEADS, C, D), (B, HEADS, C, D), (B, HEADS, N, R, D)
-    arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
-    return (*arrays, jax.random.normal(keys[4], shapes[0][:-1]))
+    query, context = (B, HEADS, N, R, D), (B, HEADS, C, D)
+    shapes = query, context, context, query, query[:-1]
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+    return arrays[:3], arrays[3], arrays[4]
 
 
 def documents() -> Bool[Array, "B N C"]:
@@ -39,17 +41,16 @@ def documents() -> Bool[Array, "B N C"]:
 
 @pytest.mark.parametrize("tile", [(64, 128), (13, 50), (4, 16), (5, 7), (1, 1)])
 def test_tiles_change_neither_value_nor_gradient(tile: tuple[int, int]) -> None:
-    *arrays, up_out, up_lse = given()
+    arrays, up_out, up_lse = given()
     seen = documents()
 
     def total(attention: Callable[..., Part], *arrays: Array) -> Array:
         out, lse = attention(*arrays, seen)
         return jnp.vdot(out, up_out) + jnp.vdot(lse, up_lse)
 
-    def tiled(q: Array, k: Array, v: Array, s: Array) -> Part:
-        return attend_tiled(q, k, v, s, tile)
-
-    for ours, theirs in zip(tiled(*arrays, seen), plain(*arrays, seen), strict=True):
+    tiled = partial(attend_tiled, tile=tile)
+    everything = [*arrays, seen]
+    for ours, theirs in zip(tiled(*everything), plain(*everything), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     gradients = [jax.grad(total, argnums=(1, 2, 3))(f, *arrays) for f in (tiled, plain)]
     for ours, theirs in zip(*gradients, strict=True):
@@ -57,7 +58,7 @@ def test_tiles_change_neither_value_nor_gradient(tile: tuple[int, int]) -> None:
 
 
 def test_a_block_that_sees_nothing_has_no_share_and_no_gradient() -> None:
-    query, key, value, up_out, _ = given(1)
+    (query, key, value), up_out, _ = given(1)
     seen = documents().at[0, 3].set(False).at[1, :].set(False)
     blind = ~seen.any(axis=-1)
     other = Part(jnp.ones((B, HEADS, N, R, D)), jnp.zeros((B, HEADS, N, R)))
@@ -67,18 +68,19 @@ def test_a_block_that_sees_nothing_has_no_share_and_no_gradient() -> None:
 
     found = both(query, key, value)
     lse = attend_tiled(query, key, value, seen, (4, 16)).lse
-    assert (np.moveaxis(np.asarray(lse), 2, 1)[np.asarray(blind)] < NOTHING / 2).all()
-    np.testing.assert_array_equal(np.moveaxis(found, 2, 1)[np.asarray(blind)], 1.0)
+    assert (jnp.moveaxis(lse, 2, 1)[blind] < NOTHING / 2).all()
+    np.testing.assert_array_equal(jnp.moveaxis(found, 2, 1)[blind], 1.0)
     pull = jax.vjp(both, query, key, value)[1](up_out)
     assert all(bool(jnp.isfinite(g).all()) for g in pull)
-    np.testing.assert_array_equal(np.moveaxis(pull[0], 2, 1)[np.asarray(blind)], 0.0)
+    np.testing.assert_array_equal(jnp.moveaxis(pull[0], 2, 1)[blind], 0.0)
     np.testing.assert_array_equal(pull[1][1], 0.0)
 
 
 def test_bfloat16_inputs_accumulate_in_float32() -> None:
-    query, key, value, *_ = (x.astype(jnp.bfloat16) for x in given(2))
+    query, key, value = (x.astype(jnp.bfloat16) for x in given(2)[0])
     seen = documents()
-    wide = plain(*(x.astype(jnp.float32) for x in (query, key, value)), seen)
+    query32, key32, value32 = (x.astype(jnp.float32) for x in (query, key, value))
+    wide = plain(query32, key32, value32, seen)
     found = attend_tiled(query, key, value, seen, (4, 16))
     assert found.out.dtype == jnp.float32
     # Only the weights are rounded, to 8 bits, before they meet the values.
