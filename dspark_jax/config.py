@@ -10,7 +10,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class GlmConfig:
     """A GLM-5.x (`glm_moe_dsa`) target; the names are those of its config.json."""
 
     vocab_size: int
@@ -55,6 +55,52 @@ class TargetConfig:
         return tuple(
             (kind, "dense" if i < dense else "sparse") for i, kind in enumerate(self.indexer_types)
         )
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """A Qwen3 target (`qwen3`, `qwen3_moe`); the names are those of its config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 4096
+    num_experts: int = 0
+    """Routed experts of a sparse layer; 0 for a dense model."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    """Whether the weights of the chosen experts are scaled to a sum of 1."""
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    aux_layer_ids: tuple[int, ...] = ()
+    unroll_layers: int = 8
+
+    @property
+    def n_routed_experts(self) -> int:
+        return self.num_experts
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """MLP kind of every layer: "dense" or "sparse"."""
+        return tuple(
+            "sparse"
+            if self.num_experts
+            and i not in self.mlp_only_layers
+            and (i + 1) % self.decoder_sparse_step == 0
+            else "dense"
+            for i in range(self.num_hidden_layers)
+        )
+
+
+TargetConfig = GlmConfig | Qwen3Config
 
 
 @dataclass(frozen=True)

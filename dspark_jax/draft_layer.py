@@ -8,39 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax.attention import Attention
 from dspark_jax.block_attention import Part, attend_tiled, combine
 from dspark_jax.config import DraftConfig
-from dspark_jax.layers import Linear, RMSNorm, SwiGLU, product, rotate_half
-
-
-class Attention(nnx.Module):
-    """Projections of grouped-query attention with a norm per head before the rotation."""
-
-    def __init__(self, config: DraftConfig, *, rngs: nnx.Rngs):
-        size, dim = config.hidden_size, config.head_dim
-        queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        self.q_proj = Linear(size, queries, rngs=rngs)
-        self.k_proj = Linear(size, keys, rngs=rngs)
-        self.v_proj = Linear(size, keys, rngs=rngs)
-        self.o_proj = Linear(queries, size, rngs=rngs)
-        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
-        self.dim = dim
-
-    def queries(
-        self, x: Float[Array, "*rows D"], angle: Float[Array, "*rows half"]
-    ) -> Float[Array, "*rows H d"]:
-        return rotate_half(self.q_norm(self._heads(self.q_proj(x))), angle)
-
-    def keys_values(
-        self, x: Float[Array, "*rows D"], angle: Float[Array, "*rows half"]
-    ) -> tuple[Float[Array, "*rows Hk d"], Float[Array, "*rows Hk d"]]:
-        """Of block slots and of context alike: the same maps serve both (paper §3.1)."""
-        keys = rotate_half(self.k_norm(self._heads(self.k_proj(x))), angle)
-        return keys, self._heads(self.v_proj(x))
-
-    def _heads(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows heads d"]:
-        return x.reshape(*x.shape[:-1], -1, self.dim)
+from dspark_jax.layers import RMSNorm, SwiGLU, product
 
 
 class DecoderLayer(nnx.Module):

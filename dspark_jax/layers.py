@@ -8,7 +8,7 @@ run in float32 whatever the activations' type.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> nnx.Param:
@@ -90,6 +90,16 @@ def layer_norm(
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + eps)
     return (normed * weight + bias).astype(x.dtype)
+
+
+def masked_softmax(
+    scores: Float[Array, "*rows C"], visible: Bool[Array, "*seen C"]
+) -> Float[Array, "*rows C"]:
+    """Softmax over the visible columns; a row that sees nothing (padding) gives zeros."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
+    weight = jnp.exp(scores - jax.lax.stop_gradient(top))
+    return weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
 
 
 class SwiGLU(nnx.Module):

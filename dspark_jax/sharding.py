@@ -29,8 +29,8 @@ DIMENSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("lm_head", "kernel"), ("in", "vocab")),
     (("lm_head",), ("in", "vocab")),
     (("experts", "down_proj"), ("expert", "in", "out")),
-    (("experts", "gate_proj"), ("in", "expert", "out")),
-    (("experts", "up_proj"), ("in", "expert", "out")),
+    (("experts", "gate_proj"), ("expert", "in", "out")),
+    (("experts", "up_proj"), ("expert", "in", "out")),
     (("kernel",), ("in", "out")),
 )
 """Names of a parameter's last dimensions by the end of its path; the first that fits counts.

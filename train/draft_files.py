@@ -14,7 +14,7 @@ from dspark_jax import draft_weights
 from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import draft_graphdef
 from dspark_jax.draft_weights import config_from_json, config_to_json, params_from_tensors
-from dspark_jax.targets.weights import ARCHITECTURE
+from dspark_jax.targets.families import architecture
 from dspark_jax.train.files import LoadedTarget, read_json, target_fingerprint
 
 CHANGEABLE = (
@@ -57,7 +57,8 @@ def save_draft(
         offsets = target_id - np.arange(len(target_id))
         chosen = np.isin(np.arange(config.vocab_size), target_id)
         tensors |= {"d2t": jnp.asarray(offsets, jnp.int32), "t2d": jnp.asarray(chosen)}
-    described = config_to_json(config, target.folder.name, [ARCHITECTURE], "bfloat16")
+    made_for = [architecture(target.config)]
+    described = config_to_json(config, target.folder.name, made_for, "bfloat16")
     described["target_sha256"] = target_fingerprint(target.folder)
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from dspark_jax.config import TargetConfig
-from dspark_jax.targets import weights as glm_weights
+from dspark_jax.targets.families import read_config
+from dspark_jax.targets.weights import params_from_tensors
 
 
 class LoadedTarget(NamedTuple):
@@ -41,7 +42,7 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
         raise ValueError(f"target {folder} is no folder; give one in Hugging Face layout.")
     folder = folder.resolve()
     described = read_json(folder / "config.json", "target")
-    config = glm_weights.config_from_json(described, aux_layer_ids=aux_layer_ids)
+    config = read_config(described, aux_layer_ids=aux_layer_ids)
     if config.num_hidden_layers < max(aux_layer_ids, default=0):
         raise ValueError(
             f"aux_layer_ids {list(aux_layer_ids)} do not fit target {folder} of "
@@ -67,7 +68,7 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
         with open_safetensors(place[name]) as file:
             return np.asarray(file.get_tensor(name))
 
-    params = glm_weights.params_from_tensors(config, shapes, get)
+    params = params_from_tensors(config, shapes, get)
     return LoadedTarget(folder, config, params, tokenizer, ends)
 
 

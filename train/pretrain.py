@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 from tokenizers import Tokenizer
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.targets.glm import Choices
-from dspark_jax.targets.target import glm_target, init_params
+from dspark_jax.config import GlmConfig
+from dspark_jax.targets.families import init_params, make_target
+from dspark_jax.targets.residual import Choices
 from dspark_jax.train import python_corpus
 from dspark_jax.train.files import load_target
 from dspark_jax.train.tiny_glm import (
@@ -205,8 +205,8 @@ def balance(params: Any, choices: list[tuple[Choices, ...]], step: float) -> Any
 def _muon_axes(params: Any) -> Any:
     """Which parameters Muon takes: hidden matrices, every expert on its own."""
     axes = {
-        "gate_proj": MuonDimensionNumbers(0, 2),
-        "up_proj": MuonDimensionNumbers(0, 2),
+        "gate_proj": MuonDimensionNumbers(1, 2),
+        "up_proj": MuonDimensionNumbers(1, 2),
         "down_proj": MuonDimensionNumbers(1, 2),
     }
 
@@ -304,8 +304,8 @@ def run(settings: Pretraining) -> None:
     optimizer = make_optimizer(settings, params)
     opt_state = jax.jit(optimizer.init)(params)
     dtype = jnp.dtype(settings.compute_dtype)
-    steps = {c: make_step(glm_target(c), optimizer, dtype) for c in (dense, TINY_GLM)}
-    held_out = jax.jit(lambda params, rows: cross_entropy(glm_target(TINY_GLM), params, rows)[0])
+    steps = {c: make_step(make_target(c), optimizer, dtype) for c in (dense, TINY_GLM)}
+    held_out = jax.jit(lambda params, rows: cross_entropy(make_target(TINY_GLM), params, rows)[0])
     # What is shipped is bfloat16; measure what is shipped.
     shipped = jax.jit(rounded)
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def run(settings: Pretraining) -> None:
     start = saved = time.monotonic()
     for number, rows in enumerate(batches(corpus.train, settings, end, rng)):
         progress = (time.monotonic() - start) / (60 * settings.minutes)
-        config: TargetConfig = dense if progress < settings.dense_share else TINY_GLM
+        config: GlmConfig = dense if progress < settings.dense_share else TINY_GLM
         rate = jnp.float32(learning_rate(progress, settings.learning_rate))
         params, opt_state, loss, imitation = steps[config](params, opt_state, rows, rate)
         final = progress >= 1

@@ -12,7 +12,7 @@ from rich.console import Console
 from dspark_jax.config import DraftConfig, MeshConfig
 from dspark_jax.draft import init_draft_params
 from dspark_jax.sharding import make_mesh
-from dspark_jax.targets.target import glm_target
+from dspark_jax.targets.families import make_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.checks import check_batch, check_settings
 from dspark_jax.train.conversations import read_conversations
@@ -55,7 +55,7 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
     config = draft_config(settings.draft, loaded.config, mask_token(loaded))
     start = starting_point(settings, config, loaded, console)
     target, mesh = (
-        glm_target(loaded.config),
+        make_target(loaded.config),
         make_mesh(settings.mesh, settings.batch_rows // settings.accumulate),
     )
     check_batch(settings, mesh)

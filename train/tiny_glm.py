@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from safetensors.flax import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.targets.weights import config_to_json, tensors_from_params
+from dspark_jax.config import GlmConfig, TargetConfig
+from dspark_jax.targets.families import write_config
+from dspark_jax.targets.weights import tensors_from_params
 
 END, USER, ASSISTANT, SYSTEM, MASK = (
     "<|endoftext|>",
@@ -27,7 +28,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
 
-TINY_GLM = TargetConfig(
+TINY_GLM = GlmConfig(
     vocab_size=512,
     hidden_size=384,
     intermediate_size=1152,
@@ -73,9 +74,7 @@ def save_target(folder: Path, config: TargetConfig, params: Any, tokenizer: Toke
     """Write config.json, model.safetensors (bfloat16), tokenizer and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     end = tokenizer.token_to_id(END)
-    (folder / "config.json").write_text(
-        json.dumps(config_to_json(config, end, end), indent=2) + "\n"
-    )
+    (folder / "config.json").write_text(json.dumps(write_config(config, end, end), indent=2) + "\n")
     tensors = {
         name: jnp.asarray(value, jnp.float32 if "e_score" in name else jnp.bfloat16)
         for name, value in tensors_from_params(config, params).items()

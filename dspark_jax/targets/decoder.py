@@ -148,8 +148,8 @@ def lay_out_mlp(layer: GlmLayer) -> MlpWeights:
     if not isinstance(mlp, Moe):
         return MlpWeights(norm, gate[0], up[0], down[0], None, None)
     experts, size = mlp.experts, gate[0].shape[0]
-    gate.insert(0, experts.gate_proj[...].reshape(size, -1))
-    up.insert(0, experts.up_proj[...].reshape(size, -1))
+    gate.insert(0, jnp.moveaxis(experts.gate_proj[...], 0, 1).reshape(size, -1))
+    up.insert(0, jnp.moveaxis(experts.up_proj[...], 0, 1).reshape(size, -1))
     down.insert(0, experts.down_proj[...].reshape(-1, size))
     router = mlp.gate.kernel[...]
     exact = router.dtype == jnp.float32

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig
 from dspark_jax.layers import (
     exact_matmul,
     layer_norm,
+    masked_softmax,
     matmul,
     product,
     rms_norm,
@@ -18,9 +19,9 @@ from dspark_jax.layers import (
     rotate_half,
 )
 from dspark_jax.stack import plan_groups, run_weights
+from dspark_jax.targets.cache import write_rows
 from dspark_jax.targets.decoder import Decoder, LayerWeights, MlpWeights
 from dspark_jax.targets.indexer import INDEX_NORM_EPS, index_scores, select_top
-from dspark_jax.targets.mla import masked_softmax
 from dspark_jax.targets.moe import route
 from dspark_jax.targets.residual import Carry, enter, layer_slots, leave, states
 from dspark_jax.types import Rows, TargetStates
@@ -48,7 +49,7 @@ class Projected(NamedTuple):
     indexing: IndexQuery | None
 
 
-def init_cache(config: TargetConfig, batch: int, capacity: int, dtype: Any) -> Any:
+def init_cache(config: GlmConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:
     """Empty caches of every layer, arranged like `Decoder.layers`."""
     c = config
 
@@ -62,9 +63,7 @@ def init_cache(config: TargetConfig, batch: int, capacity: int, dtype: Any) -> A
     return tuple(tuple(empty(g.layer(m), g.repeats) for m in range(g.unit)) for g in groups)
 
 
-def extend(
-    config: TargetConfig, decoder: Decoder, cache: Any, rows: Rows
-) -> tuple[Any, TargetStates]:
+def extend(config: GlmConfig, decoder: Decoder, cache: Any, rows: Rows) -> tuple[Any, TargetStates]:
     """Rows after their caches: each is written at its position, then sees all up to itself.
 
     Rows already written at or past a position are overwritten, never rolled back.
@@ -77,7 +76,7 @@ def extend(
         slot, cached = given
         normed = rms_norm(carry.x, weights.norm, config.rms_norm_eps)
         projected = project(config, weights, normed, angle)
-        memory = write(cached, projected.memory, rows.position)
+        memory = write_rows(cached, projected.memory, rows.position)
         selected = carry.selected
         indexing = projected.indexing
         if indexing is not None and memory.index_key is not None:
@@ -96,7 +95,7 @@ def extend(
 
 
 def logits(
-    config: TargetConfig, decoder: Decoder, hidden: Float[Array, "*rows D"]
+    config: GlmConfig, decoder: Decoder, hidden: Float[Array, "*rows D"]
 ) -> Float[Array, "*rows V"]:
     """Final norm and head; logits in float32."""
     normed = rms_norm(hidden, decoder.norm, config.rms_norm_eps)
@@ -104,7 +103,7 @@ def logits(
 
 
 def project(
-    config: TargetConfig,
+    config: GlmConfig,
     weights: LayerWeights,
     normed: Float[Array, "B S D"],
     angle: Float[Array, "B S half"],
@@ -139,7 +138,7 @@ def project(
 
 
 def attend(
-    config: TargetConfig,
+    config: GlmConfig,
     weights: LayerWeights,
     query: Float[Array, "B S H n"],
     memory: Float[Array, "B C n"],
@@ -156,7 +155,7 @@ def attend(
 
 
 def feed_forward(
-    config: TargetConfig, weights: MlpWeights, x: Float[Array, "B S D"]
+    config: GlmConfig, weights: MlpWeights, x: Float[Array, "B S D"]
 ) -> Float[Array, "B S D"]:
     """The MLP's residual update; of experts, all run and those not chosen weigh nothing."""
     normed = rms_norm(x, weights.norm, config.rms_norm_eps)
@@ -173,16 +172,6 @@ def feed_forward(
     hidden = (jax.nn.silu(gate) * up).reshape(*weight.shape, -1)
     hidden = hidden * weight[..., None].astype(x.dtype)
     return matmul(hidden.reshape(gate.shape), weights.down)
-
-
-def write(cached: RowCache, new: RowCache, position: Int[Array, "B S"]) -> RowCache:
-    """New rows at their positions; a position past the capacity is dropped."""
-    row = jnp.arange(position.shape[0])[:, None]
-    return jax.tree.map(
-        lambda old, rows: old.at[row, position].set(rows.astype(old.dtype), mode="drop"),
-        cached,
-        new,
-    )
 
 
 def _rotate_first(

@@ -1,35 +1,26 @@
 """GLM-5.x (`glm_moe_dsa`): latent attention, a sparse indexer shared by layers, experts."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
 from dspark_jax.stack import build_layers, plan_groups, run_layers
 from dspark_jax.targets.indexer import select_top
 from dspark_jax.targets.mla import LayerCache, Mla
 from dspark_jax.targets.moe import Moe, Routing
-from dspark_jax.targets.residual import Carry, enter, layer_slots, leave, states
-from dspark_jax.types import Frozen, TargetStates
-
-
-class Choices(NamedTuple):
-    """What one layer decided and saw; unused fields cost nothing once compiled."""
-
-    routing: Routing | None
-    index_scores: Float[Array, "B T C"] | None
-    selected: Bool[Array, "B T C"]
-    attention: Float[Array, "B T C"] | None
+from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
+from dspark_jax.types import TargetStates
 
 
 class GlmLayer(nnx.Module):
     """One decoder layer: normed attention, then a normed dense or expert MLP, both residual."""
 
-    def __init__(self, config: TargetConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: GlmConfig, layer: int, *, rngs: nnx.Rngs):
         indexer, mlp = config.layer_kinds[layer]
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Mla(config, indexer, rngs=rngs)
@@ -54,7 +45,7 @@ class GlmLayer(nnx.Module):
 class Glm(nnx.Module):
     """The whole model; attribute names are those of the checkpoint's tensors."""
 
-    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GlmConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.groups = plan_groups(config.layer_kinds, config.unroll_layers)
         self.embed_tokens = init_normal(rngs, (config.vocab_size, config.hidden_size))
@@ -93,8 +84,11 @@ class Glm(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Final norm and head; logits in float32."""
-        kernel = self.lm_head.kernel[...]
-        return jnp.matmul(self.norm(hidden), kernel, preferred_element_type=jnp.float32)
+        return jnp.matmul(self.norm(hidden), self.head, preferred_element_type=jnp.float32)
+
+    @property
+    def head(self) -> Float[Array, "D V"]:
+        return self.lm_head.kernel[...]
 
     def _angles(self, position: Int[Array, "B T"]) -> Float[Array, "B T half"]:
         return rope_angles(position, self.config.qk_rope_head_dim, self.config.rope_theta)
@@ -126,11 +120,3 @@ def _residual(
 ) -> tuple[Float[Array, "B T D"], Routing | None]:
     update, routing = layer.feed_forward(x)
     return x + update, routing
-
-
-def frozen_tables(glm: Glm, target_id: Int[Array, "Vd"] | None = None) -> Frozen:
-    """The embedding and head a draft shares, the head cut to the draft vocabulary if given."""
-    if target_id is None:
-        target_id = jnp.arange(glm.config.vocab_size)
-        return Frozen(glm.embed_tokens[...], glm.lm_head.kernel[...], target_id)
-    return Frozen(glm.embed_tokens[...], glm.lm_head.kernel[...][:, target_id], target_id)

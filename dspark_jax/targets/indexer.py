@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig
 from dspark_jax.layers import LayerNorm, Linear, exact_matmul, rotate_interleaved
 
 INDEX_NORM_EPS = 1e-6
@@ -18,7 +18,7 @@ class Indexer(nnx.Module):
     first `qk_rope_head_dim` of every vector are rotated, the rest pass.
     """
 
-    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GlmConfig, *, rngs: nnx.Rngs):
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
         self.rope_dim = config.qk_rope_head_dim
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, rngs=rngs)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.layers import Linear, RMSNorm, product, rotate_interleaved
+from dspark_jax.config import GlmConfig
+from dspark_jax.layers import Linear, RMSNorm, masked_softmax, product, rotate_interleaved
 from dspark_jax.targets.indexer import Indexer
 
 
@@ -31,7 +31,7 @@ class Query(NamedTuple):
 class Mla(nnx.Module):
     """GLM-5 attention. Head vectors are [nope | rope], `kv_b_proj` holds [key | value] per head."""
 
-    def __init__(self, config: TargetConfig, indexer: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: GlmConfig, indexer: str, *, rngs: nnx.Rngs):
         c = self.config = config
         heads, eps = c.num_attention_heads, c.latent_norm_eps
         self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, rngs=rngs)
@@ -79,13 +79,3 @@ class Mla(nnx.Module):
         probs = masked_softmax(scores * c.qk_head_dim**-0.5, visible[:, None])
         out = product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), jnp.mean(probs, axis=1)
-
-
-def masked_softmax(
-    scores: Float[Array, "*rows C"], visible: Bool[Array, "*seen C"]
-) -> Float[Array, "*rows C"]:
-    """Softmax over the visible columns; a row that sees nothing (padding) gives zeros."""
-    scores = jnp.where(visible, scores, -jnp.inf)
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(scores.dtype).min)
-    weight = jnp.exp(scores - jax.lax.stop_gradient(top))
-    return weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)

@@ -1,4 +1,4 @@
-"""Mixture of experts with GLM-5's sigmoid router and one shared expert."""
+"""Mixtures of experts: GLM-5's sigmoid router with a shared expert, Qwen3's softmax router."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.layers import SwiGLU, exact_matmul, init_normal, matmul
+from dspark_jax.config import GlmConfig, Qwen3Config, TargetConfig
+from dspark_jax.layers import SwiGLU, exact_matmul, init_normal, matmul, product
+
+FEW_EXPERTS = 16
+"""Up to so many experts, all of them run on every row."""
 
 
 class Routing(NamedTuple):
@@ -23,7 +26,7 @@ class Routing(NamedTuple):
 class Router(nnx.Module):
     """Top-k of `sigmoid(x W) + bias`; the bias chooses, the unbiased scores weigh."""
 
-    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GlmConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.kernel = init_normal(rngs, (config.hidden_size, config.n_routed_experts))
         self.e_score_correction_bias = nnx.Param(jnp.zeros(config.n_routed_experts))
@@ -34,7 +37,7 @@ class Router(nnx.Module):
 
 
 def route(
-    logits: Float[Array, "*rows E"], bias: Float[Array, "E"], config: TargetConfig, always: int = 0
+    logits: Float[Array, "*rows E"], bias: Float[Array, "E"], config: GlmConfig, always: int = 0
 ) -> Routing:
     """The decision of a router with these float32 logits.
 
@@ -55,34 +58,72 @@ def route(
 
 
 class Experts(nnx.Module):
-    """All routed experts as one wide SwiGLU whose hidden units are scaled by the routing weights.
+    """All routed experts, stacked.
 
-    Two matrix products over every expert: exact, a row never meets another row, and on a CPU
-    faster than gathering the chosen experts as long as experts are few and small. The cost grows
-    with the number of experts, not with the number chosen.
+    Few experts all run and those not chosen weigh nothing: exact, a row never meets another row,
+    and on a CPU faster than gathering. Many experts run on their own rows only.
     """
 
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
         d, e, i = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-        self.gate_proj = init_normal(rngs, (d, e, i))
-        self.up_proj = init_normal(rngs, (d, e, i))
+        self.gate_proj = init_normal(rngs, (e, d, i))
+        self.up_proj = init_normal(rngs, (e, d, i))
         self.down_proj = init_normal(rngs, (e, i, d))
 
-    def __call__(
-        self, x: Float[Array, "*rows D"], weight: Float[Array, "*rows E"]
-    ) -> Float[Array, "*rows D"]:
-        d, e, i = self.gate_proj.shape
-        gate = matmul(x, self.gate_proj[...].reshape(d, e * i))
-        up = matmul(x, self.up_proj[...].reshape(d, e * i))
-        hidden = (jax.nn.silu(gate) * up).reshape(*x.shape[:-1], e, i)
-        hidden = (hidden * weight[..., None].astype(hidden.dtype)).reshape(*x.shape[:-1], e * i)
-        return matmul(hidden, self.down_proj[...].reshape(e * i, d))
+    def __call__(self, x: Float[Array, "*rows D"], routing: Routing) -> Float[Array, "*rows D"]:
+        gate, up, down = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        rows, expert, weight = (
+            a.reshape(-1, a.shape[-1]) for a in (x, routing.expert, routing.weight)
+        )
+        if len(gate) <= FEW_EXPERTS:
+            return all_experts(rows, weight, gate, up, down).reshape(x.shape)
+        return chosen_experts(rows, expert, weight, gate, up, down).reshape(x.shape)
+
+
+def all_experts(
+    x: Float[Array, "R D"],
+    weight: Float[Array, "R E"],
+    gate: Float[Array, "E D I"],
+    up: Float[Array, "E D I"],
+    down: Float[Array, "E I D"],
+) -> Float[Array, "R D"]:
+    """Every expert on every row; the cost grows with the number of experts."""
+    hidden = jax.nn.silu(product("rd,edi->rei", x, gate).astype(x.dtype))
+    hidden = hidden * product("rd,edi->rei", x, up).astype(x.dtype)
+    hidden = hidden * weight[..., None].astype(x.dtype)
+    return matmul(hidden.reshape(len(x), -1), down.reshape(-1, x.shape[-1]))
+
+
+def chosen_experts(
+    x: Float[Array, "R D"],
+    expert: Int[Array, "R k"],
+    weight: Float[Array, "R E"],
+    gate: Float[Array, "E D I"],
+    up: Float[Array, "E D I"],
+    down: Float[Array, "E I D"],
+) -> Float[Array, "R D"]:
+    """Every expert on the rows that chose it: rows sorted by expert, one ragged product each."""
+    (rows, k), experts = expert.shape, gate.shape[0]
+    order = jnp.argsort(expert.reshape(-1), stable=True)
+    sizes = jnp.bincount(expert.reshape(-1), length=experts).astype(jnp.int32)
+    gathered = x[order // k]
+
+    def each(rows: Float[Array, "n i"], kernel: Float[Array, "E i o"]) -> Float[Array, "n o"]:
+        wide = jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32)
+        return wide.astype(x.dtype)
+
+    hidden = jax.nn.silu(each(gathered, gate)) * each(gathered, up)
+    share = jnp.take_along_axis(weight, expert, axis=-1).reshape(-1)[order]
+    y = each(hidden, down).astype(jnp.float32) * share[:, None]
+    # Back in the rows' order the sum over choices has a fixed order, whatever else is in the batch.
+    y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+    return y.reshape(rows, k, -1).sum(axis=1).astype(x.dtype)
 
 
 class Moe(nnx.Module):
     """Routed experts plus the shared expert, which every token visits unscaled."""
 
-    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: GlmConfig, *, rngs: nnx.Rngs):
         shared = config.moe_intermediate_size * config.n_shared_experts
         self.gate = Router(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
@@ -90,4 +131,34 @@ class Moe(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows D"], Routing]:
         routing = self.gate(x)
-        return self.experts(x, routing.weight) + self.shared_experts(x), routing
+        return self.experts(x, routing) + self.shared_experts(x), routing
+
+
+class SoftmaxRouter(nnx.Module):
+    """Top-k of `softmax(x W)`, the weights of the chosen scaled to a sum of 1 if so configured."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.kernel = init_normal(rngs, (config.hidden_size, config.num_experts))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Routing:
+        logits = exact_matmul(x, self.kernel[...])
+        score = jax.nn.softmax(logits)
+        best, expert = jax.lax.top_k(score, self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            best = best / jnp.sum(best, axis=-1, keepdims=True)
+        chosen = jax.nn.one_hot(expert, score.shape[-1], dtype=score.dtype)
+        weight = jnp.sum(chosen * best[..., None], axis=-2)
+        return Routing(logits, score, expert, weight)
+
+
+class SparseMlp(nnx.Module):
+    """Qwen3's mixture: routed experts only."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.gate = SoftmaxRouter(config, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows D"], Routing]:
+        routing = self.gate(x)
+        return self.experts(x, routing), routing

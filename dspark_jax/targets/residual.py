@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dspark_jax.stack import Group
+from dspark_jax.targets.moe import Routing
 from dspark_jax.types import TargetStates
 
 
@@ -17,6 +18,18 @@ class Carry(NamedTuple):
     x: Float[Array, "B T D"]
     selected: Bool[Array, "B T C"]
     aux: Float[Array, "A B T D"]
+
+
+class Choices(NamedTuple):
+    """What one layer decided and saw, None where it decides no such thing.
+
+    Unused fields cost nothing once compiled.
+    """
+
+    routing: Routing | None
+    index_scores: Float[Array, "B T C"] | None
+    selected: Bool[Array, "B T C"] | None
+    attention: Float[Array, "B T C"] | None
 
 
 def enter(x: Float[Array, "B T D"], visible: Bool[Array, "B T C"], ids: Sequence[int]) -> Carry:

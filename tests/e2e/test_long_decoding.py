@@ -10,7 +10,7 @@ import pytest
 from dspark_jax.draft import dspark_draft
 from dspark_jax.generation import Generation, generate, plain_generate, plain_prefill, plain_state
 from dspark_jax.loop import Request, init_state, prefill, prepare_weights
-from dspark_jax.targets.target import glm_target
+from dspark_jax.targets.families import make_target
 from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.divergence import NEAR_TIE, explain
 from dspark_jax.train.draft_files import load_draft
@@ -28,7 +28,7 @@ NO_END = jnp.array([-1])
 def test_two_thousand_greedy_tokens_equal_plain_decoding() -> None:
     loaded = load_target(embedded("tiny-glm"), PRESETS["tiny"].draft.aux_layer_ids)
     config, draft_params, target_id = load_draft(embedded("tiny-glm-dspark"), loaded.config)
-    target, draft = glm_target(loaded.config), dspark_draft(config)
+    target, draft = make_target(loaded.config), dspark_draft(config)
     full = config.draft_vocab_size == config.vocab_size
     frozen = target.frozen(loaded.params, None if full else jnp.asarray(target_id))
     weights = prepare_weights(target, draft, loaded.params, draft_params, frozen)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dspark_jax.targets.target import init_params
+from dspark_jax.config import Qwen3Config
+from dspark_jax.targets.families import init_params
 from dspark_jax.train.__main__ import parse
 from dspark_jax.train.files import embedded
 from dspark_jax.train.presets import PRESETS, draft_config
@@ -56,6 +57,16 @@ def deep_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def deep_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random target of Qwen3-8B's depth, and of no size."""
+    folder = tmp_path_factory.mktemp("target") / "deep-qwen3"
+    tokenizer = Tokenizer.from_file(str(embedded("tiny-glm") / "tokenizer.json"))
+    config = Qwen3Config(tokenizer.get_vocab_size(), 32, 32, 36, 4, 2, 8)
+    save_target(folder, config, init_params(config, 0), tokenizer)
+    return folder
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_holds_the_published_settings(name: str) -> None:
     settings, draft = PRESETS[name], PRESETS[name].draft
@@ -75,15 +86,25 @@ def test_a_preset_holds_the_published_settings(name: str) -> None:
     assert draft_config(draft, target, 4).draft_length == 7
 
 
+def check_preset(name: str, target: Path, output: Path) -> None:
+    """Train a step, decode, and find the answers identical and the layers as published."""
+    flags = ["--preset", name, "--target", str(target), "--output", str(output), *FLAGS]
+    run(parse(flags))
+    report = json.loads((output / "report.json").read_text())
+    assert report["served"]["greedy"]["identical_to_plain"] is True
+    described = json.loads((output / "draft/config.json").read_text())
+    assert described["aux_hidden_state_layer_ids"] == list(PRESETS[name].draft.aux_layer_ids)
+    shutil.rmtree(output)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["glm-5.2", "glm-5.2-3layer"])
 def test_a_glm_preset_trains_serves_and_is_lossless(
     name: str, deep_target: Path, tmp_path: Path
 ) -> None:
-    flags = ["--preset", name, "--target", str(deep_target), "--output", str(tmp_path), *FLAGS]
-    run(parse(flags))
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["served"]["greedy"]["identical_to_plain"] is True
-    described = json.loads((tmp_path / "draft/config.json").read_text())
-    assert described["aux_hidden_state_layer_ids"] == list(PRESETS[name].draft.aux_layer_ids)
-    shutil.rmtree(tmp_path)
+    check_preset(name, deep_target, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_qwen3_preset_trains_serves_and_is_lossless(deep_qwen3: Path, tmp_path: Path) -> None:
+    check_preset("qwen3-8b", deep_qwen3, tmp_path)

@@ -81,7 +81,7 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
 ) -> None:
     import jax
 
-    from dspark_jax.targets.target import glm_target
+    from dspark_jax.targets.families import make_target
     from dspark_jax.train.conversations import read_conversations, tokenise_all
     from dspark_jax.train.files import embedded, load_target
     from dspark_jax.train.presets import PRESETS
@@ -89,7 +89,7 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
     data = finished / "data/held_out.jsonl"
     ids = PRESETS["tiny"].draft.aux_layer_ids
     loaded = load_target(embedded("tiny-glm"), ids)
-    forward = jax.jit(glm_target(loaded.config).forward)
+    forward = jax.jit(make_target(loaded.config).forward)
     rows = tokenise_all(loaded.tokenizer, read_conversations(data), data)
     (tmp_path / "states").mkdir()
     for i, row in enumerate(rows):

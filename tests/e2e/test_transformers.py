@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax.targets.target import glm_target
+from dspark_jax.config import GlmConfig
+from dspark_jax.targets.families import make_target
 from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.files import embedded, load_target
 from dspark_jax.train.transformers_speed import measure_transformers
@@ -36,11 +37,12 @@ def test_the_embedded_target_gives_the_logits_of_transformers(
         str(loaded.folder), dtype=torch.float32
     )
     tokens = np.tile(prompt_tokens(loaded.tokenizer, QUESTION), 8)[None, :120]
+    assert isinstance(loaded.config, GlmConfig)
     assert tokens.shape[1] > loaded.config.index_topk  # so that attention is sparse
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
     # transformers' own epsilon of the two latent norms
-    target = glm_target(dataclasses.replace(loaded.config, latent_norm_eps=1e-6))
+    target = make_target(dataclasses.replace(loaded.config, latent_norm_eps=1e-6))
     position = np.arange(tokens.shape[1])[None]
     states = jax.jit(target.forward)(loaded.params, tokens, np.ones_like(tokens), position)
     ours = np.asarray(target.unembed(loaded.params, states.final_hidden))

@@ -17,11 +17,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig
 from dspark_jax.stack import members
-from dspark_jax.targets.glm import Choices, Glm
-from dspark_jax.targets.target import glm_target
-from dspark_jax.targets.weights import config_from_json, params_from_tensors, tensors_from_params
+from dspark_jax.targets.families import make_target
+from dspark_jax.targets.glm import Glm
+from dspark_jax.targets.glm_config import config_from_json
+from dspark_jax.targets.residual import Choices
+from dspark_jax.targets.weights import params_from_tensors, tensors_from_params
 from dspark_jax.types import Rows, Target
 
 RELATIVE = 1e-5
@@ -42,7 +44,7 @@ class Model(NamedTuple):
 
     target: Target
     params: Any
-    config: TargetConfig
+    config: GlmConfig
 
 
 class Trace(NamedTuple):
@@ -103,7 +105,7 @@ def load(folder: Path, unroll: int, **changes: Any) -> Model:
     tensors = load_file(folder / "model.safetensors")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     params = params_from_tensors(config, shapes, tensors.__getitem__)
-    target = glm_target(config)
+    target = make_target(config)
     compiled = target._replace(trace=jax.jit(target.trace), extend=jax.jit(target.extend))
     return Model(compiled, params, config)
 
@@ -123,7 +125,7 @@ def run(model: Model, tokens: jax.Array, mask: Any = 1) -> Trace:
     return Trace(list(jnp.moveaxis(streams, 2, 0)), by_layer(model.config, choices), logits)
 
 
-def by_layer(config: TargetConfig, choices: list[Any]) -> list[Choices]:
+def by_layer(config: GlmConfig, choices: list[Any]) -> list[Choices]:
     """Choices in the order of the layers, taken out of their groups."""
     found = {}
     for group, member, repeat, layer in members(glm_of(config).groups):
@@ -132,7 +134,7 @@ def by_layer(config: TargetConfig, choices: list[Any]) -> list[Choices]:
     return [found[layer] for layer in range(config.num_hidden_layers)]
 
 
-def glm_of(config: TargetConfig) -> Glm:
+def glm_of(config: GlmConfig) -> Glm:
     """The model's shape, without its arrays."""
     return nnx.eval_shape(lambda: Glm(config, rngs=nnx.Rngs(0)))
 
@@ -222,7 +224,7 @@ def through_cache(model: Model, tokens: jax.Array, chunks: list[tuple[int, int, 
     return logits
 
 
-def expected_names(config: TargetConfig) -> set[str]:
+def expected_names(config: GlmConfig) -> set[str]:
     """Every array a fixture of this model has."""
     names = {"logits", "cached_logits", "dense_logits", "logits_a_norm_eps_1e-5", "leftpad_logits"}
     names |= {f"hf_hidden_states.{i}" for i in range(config.num_hidden_layers + 1)}

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.config import DraftConfig, GlmConfig
 from dspark_jax.draft import dspark_draft, init_draft_params
 from dspark_jax.generation import generate
 from dspark_jax.loop import Request, init_state, prefill, prepare_weights
-from dspark_jax.targets.target import glm_target, init_params
+from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.types import Draft, Proposal, Rows
 
 V, CHUNK, BATCH, LIMIT, LONG = 24, 4, 4, 60, 2000
@@ -26,7 +26,7 @@ NEVER = -1
 """An end token that no answer contains."""
 PROMPTS = ((3,), (7, 1, 20, 5), (2, 2, 9, 14, 23, 0, 11), (19, 8, 8, 1, 16, 4, 21, 10, 6, 13))
 
-GLM = TargetConfig(
+GLM = GlmConfig(
     vocab_size=V,
     hidden_size=16,
     intermediate_size=20,
@@ -111,7 +111,7 @@ def target_params() -> Any:
 @lru_cache
 def compiled(scripted: bool, batch: int, limit: int) -> Callable[..., Any]:
     """Prefill in given chunks, then generate; one program whatever is asked of it."""
-    target, draft = glm_target(GLM), scripted_draft() if scripted else dspark_draft(DRAFT)
+    target, draft = make_target(GLM), scripted_draft() if scripted else dspark_draft(DRAFT)
     capacity = limit + max(map(len, PROMPTS)) + G + 1
     frozen = target.frozen(target_params())
 

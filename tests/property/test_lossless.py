@@ -18,11 +18,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from dspark_jax import acceptance, loop
-from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.config import DraftConfig, GlmConfig
 from dspark_jax.draft import dspark_draft, init_draft_params
 from dspark_jax.drafter import Drafter
 from dspark_jax.loop import Request, Weights, decode_step, init_state, prefill
-from dspark_jax.targets.target import glm_target, init_params
+from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.types import Draft, Frozen, Rows, Target, TargetStates, Verdict
 
 V, HIDDEN, BATCH, CAPACITY, FIRST = 6, 8, 6000, 24, 3
@@ -298,7 +298,7 @@ def test_a_wrong_acceptance_rule_is_noticed(
     assert p_value(first_tokens(*emit(config, "random", length, 1.0, play)), expected) < 1e-12
 
 
-GLM = TargetConfig(
+GLM = GlmConfig(
     vocab_size=V,
     hidden_size=HIDDEN,
     intermediate_size=12,
@@ -323,7 +323,7 @@ GLM = TargetConfig(
 
 
 def test_first_tokens_of_a_glm_are_distributed_as_its_own():
-    config, target = draft_config("gated", False, True), glm_target(GLM)
+    config, target = draft_config("gated", False, True), make_target(GLM)
     params = jax.tree.map(lambda x: jnp.where(x == 1, x, 15 * x), init_params(GLM, 1))
     weights = Weights(target.prepare(params), *cached_weights(config, "random")[1:])
     triples = np.array(list(itertools.product(range(V), repeat=FIRST)))

@@ -14,7 +14,7 @@ import pytest
 from dspark_jax.config import MeshConfig
 from dspark_jax.draft import init_draft_params
 from dspark_jax.sharding import make_mesh, tree_shardings
-from dspark_jax.targets.target import glm_target
+from dspark_jax.targets.families import make_target
 from dspark_jax.train.checks import check_batch
 from dspark_jax.train.files import LoadedTarget, embedded, load_target
 from dspark_jax.train.hidden_states import in_process
@@ -41,7 +41,7 @@ def loaded() -> LoadedTarget:
 
 def job_on(loaded: LoadedTarget, mesh: MeshConfig, **changes: Any) -> Job:
     settings = replace(SETTINGS, mesh=mesh, **changes)
-    config, target = draft_config(settings.draft, loaded.config, 0), glm_target(loaded.config)
+    config, target = draft_config(settings.draft, loaded.config, 0), make_target(loaded.config)
     given = (config, target, in_process(target), make_mesh(mesh), loaded, np.arange(512))
     return make_job(settings, *given)
 

@@ -2,6 +2,7 @@
 
 import json
 
+from dspark_jax.config import GlmConfig
 from dspark_jax.train.draft_files import load_draft
 from dspark_jax.train.files import embedded, load_target, target_fingerprint
 from dspark_jax.train.presets import PRESETS
@@ -27,6 +28,7 @@ def test_assets_stay_within_their_sizes() -> None:
 
 def test_sparsity_is_live_and_the_indexer_is_shared() -> None:
     config = load_target(TARGET, ()).config
+    assert isinstance(config, GlmConfig)
     assert config.index_topk < 256
     assert set(config.indexer_types) == {"full", "shared"}
     assert {mlp for _, mlp in config.layer_kinds} == {"dense", "sparse"}

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig
 from dspark_jax.sampling import largest
 from dspark_jax.targets.decoder import FOLDED_ELEMENTS, deinterleave, prepare
 from dspark_jax.targets.extend import extend, init_cache, logits
+from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.targets.glm import Glm
-from dspark_jax.targets.target import glm_target, init_params
 from dspark_jax.types import Rows, TargetStates
 
-CONFIG = TargetConfig(
+CONFIG = GlmConfig(
     vocab_size=20,
     hidden_size=16,
     intermediate_size=24,
@@ -43,7 +43,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, 14), 0, 20)
 POSITION = jnp.broadcast_to(jnp.arange(14), TOKENS.shape)
 
 
-def params_of(config: TargetConfig) -> nnx.State:
+def params_of(config: GlmConfig) -> nnx.State:
     """Weights far from their start, so that every term counts."""
     params = init_params(config, 3)
     keys = iter(jax.random.split(jax.random.key(4), len(jax.tree.leaves(params))))
@@ -51,7 +51,7 @@ def params_of(config: TargetConfig) -> nnx.State:
 
 
 def through_the_cache(
-    config: TargetConfig, params: nnx.State, folded: int, chunk: int
+    config: GlmConfig, params: nnx.State, folded: int, chunk: int
 ) -> tuple[TargetStates, jax.Array]:
     """States and logits of all tokens, `chunk` at a time."""
     glm = nnx.merge(nnx.split(Glm(config, rngs=nnx.Rngs(0)))[0], params, copy=True)
@@ -73,7 +73,7 @@ def test_chunks_through_the_cache_give_the_states_of_one_pass(
     folded: int, unroll: int, chunk: int
 ) -> None:
     config = replace(CONFIG, unroll_layers=unroll)
-    params, target = params_of(config), glm_target(config)
+    params, target = params_of(config), make_target(config)
     ours, scores = through_the_cache(config, params, folded, chunk)
     whole = jax.jit(target.forward)(params, TOKENS, jnp.ones_like(TOKENS), POSITION)
     for a, b in zip(ours, whole, strict=True):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig
 from dspark_jax.layers import rope_angles
 from dspark_jax.targets.indexer import Indexer, select_top
 
-CONFIG = TargetConfig(
+CONFIG = GlmConfig(
     vocab_size=11,
     hidden_size=10,
     intermediate_size=8,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.targets.moe import Moe
+from dspark_jax.config import GlmConfig
+from dspark_jax.targets.moe import Moe, all_experts, chosen_experts
 
-CONFIG = TargetConfig(
+CONFIG = GlmConfig(
     vocab_size=11,
     hidden_size=10,
     intermediate_size=8,
@@ -76,7 +76,7 @@ def token_by_token() -> np.ndarray:
         x = np.asarray(X[place], float)
         out[place] = swiglu(x, *always)
         for e, weight in zip(*routed(x), strict=True):
-            out[place] += weight * swiglu(x, gate[:, e], up[:, e], down[e])
+            out[place] += weight * swiglu(x, gate[e], up[e], down[e])
     return out
 
 
@@ -116,3 +116,21 @@ def test_the_router_works_in_float32_whatever_comes_in():
     out, routing = moe()(narrow)
     assert out.dtype == jnp.bfloat16 and routing.logits.dtype == jnp.float32
     assert np.array_equal(routing.logits, moe().gate(narrow.astype(jnp.float32)).logits)
+
+
+def test_running_only_the_chosen_experts_changes_nothing():
+    experts, routing = moe().experts, moe().gate(X)
+    rows, expert, weight = (a.reshape(-1, a.shape[-1]) for a in (X, routing.expert, routing.weight))
+    kernels = (experts.gate_proj[...], experts.up_proj[...], experts.down_proj[...])
+    chosen = chosen_experts(rows, expert, weight, *kernels)
+    np.testing.assert_allclose(chosen, all_experts(rows, weight, *kernels), rtol=2e-5, atol=1e-5)
+
+
+def test_a_row_of_chosen_experts_never_meets_its_neighbours():
+    experts, routing = moe().experts, moe().gate(X)
+    rows, expert, weight = (a.reshape(-1, a.shape[-1]) for a in (X, routing.expert, routing.weight))
+    kernels = (experts.gate_proj[...], experts.up_proj[...], experts.down_proj[...])
+    order = np.random.default_rng(0).permutation(len(rows))
+    together = chosen_experts(rows, expert, weight, *kernels)
+    shuffled = chosen_experts(rows[order], expert[order], weight[order], *kernels)
+    np.testing.assert_allclose(shuffled, together[order], rtol=1e-6, atol=1e-6)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dspark_jax.layers import Linear
 from dspark_jax.stack import LONGEST_UNIT, Group, build_layers, members, plan_groups, run_layers
-from dspark_jax.targets.weights import config_from_json
+from dspark_jax.targets.glm_config import config_from_json
 
 GLM_5_2 = {"num_hidden_layers": 78, "index_topk_freq": 4, "index_skip_topk_offset": 3}
 """What decides the kinds of GLM-5.2's layers, with `first_k_dense_replace` 3."""

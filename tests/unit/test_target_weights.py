@@ -7,17 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax.config import TargetConfig
-from dspark_jax.targets.target import init_params
+from dspark_jax.config import GlmConfig
+from dspark_jax.targets.families import init_params, read_config
+from dspark_jax.targets.glm_config import config_from_json, config_to_json
 from dspark_jax.targets.weights import (
-    config_from_json,
-    config_to_json,
     entries,
     params_from_tensors,
     tensors_from_params,
 )
 
-CONFIG = TargetConfig(
+CONFIG = GlmConfig(
     vocab_size=13,
     hidden_size=10,
     intermediate_size=9,
@@ -42,19 +41,19 @@ STACKED = replace(CONFIG, unroll_layers=0)
 Tensors = dict[str, np.ndarray]
 
 
-def tensors(config: TargetConfig = CONFIG) -> Tensors:
+def tensors(config: GlmConfig = CONFIG) -> Tensors:
     """A checkpoint of random numbers."""
     rng = np.random.default_rng(0)
     return {e.name: rng.standard_normal(e.shape).astype(np.float32) for e in entries(config)}
 
 
-def read(config: TargetConfig, given: Tensors) -> Any:
+def read(config: GlmConfig, given: Tensors) -> Any:
     shapes = {name: value.shape for name, value in given.items()}
     return params_from_tensors(config, shapes, given.__getitem__)
 
 
 @pytest.mark.parametrize("config", [CONFIG, STACKED], ids=["one_by_one", "stacked"])
-def test_tensors_come_back_as_they_were_read(config: TargetConfig):
+def test_tensors_come_back_as_they_were_read(config: GlmConfig):
     given = tensors()
     back = tensors_from_params(config, read(config, given))
     assert back.keys() == given.keys()
@@ -62,7 +61,7 @@ def test_tensors_come_back_as_they_were_read(config: TargetConfig):
 
 
 @pytest.mark.parametrize("config", [CONFIG, STACKED], ids=["one_by_one", "stacked"])
-def test_parameters_are_arranged_as_the_model_is(config: TargetConfig):
+def test_parameters_are_arranged_as_the_model_is(config: GlmConfig):
     model = jax.eval_shape(lambda: init_params(config, 0))
     found = read(config, tensors())
     assert jax.tree.structure(found) == jax.tree.structure(model)
@@ -136,8 +135,8 @@ def test_a_config_comes_back_as_it_was_written():
 
 def test_another_architecture_is_refused_by_name():
     described = config_to_json(CONFIG, 1, 0) | {"model_type": "llama"}
-    with pytest.raises(ValueError, match="'llama' is not supported.*'glm_moe_dsa'"):
-        config_from_json(described)
+    with pytest.raises(ValueError, match="'llama' is not supported.*glm_moe_dsa, qwen3, qwen3_moe"):
+        read_config(described)
 
 
 def test_how_layers_share_indexers_can_be_said_in_three_ways():
