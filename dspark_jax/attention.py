@@ -44,8 +44,8 @@ class Attention(nnx.Module):
 
 def attend_rows(
     query: Float[Array, "B S H d"],
-    key: Float[Array, "B C Hk d"],
-    value: Float[Array, "B C Hk d"],
+    key: Float[Array, "B Hk C d"],
+    value: Float[Array, "B Hk C d"],
     visible: Bool[Array, "B S C"],
 ) -> Float[Array, "B S H*d"]:
     """Softmax attention of rows over the context rows each of them sees.
@@ -53,9 +53,8 @@ def attend_rows(
     With many rows the scores exist tile by tile, and tiles that nobody sees are skipped.
     """
     B, S, H, d = query.shape
-    grouped = query.reshape(B, S, key.shape[2], -1, d) * d**-0.5
+    grouped = query.reshape(B, S, key.shape[1], -1, d) * d**-0.5
     grouped = jnp.moveaxis(grouped, 2, 1).astype(query.dtype)
-    key, value = (jnp.moveaxis(x, 2, 1) for x in (key, value))
     if S > FEW_ROWS:
         out = attend_tiled(grouped, key, value, visible).out
     else:

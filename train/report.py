@@ -15,7 +15,7 @@ EXAMPLES = 3
 def write_report(
     output: Path,
     report: dict[str, Any],
-    curve: list[dict[str, float]],
+    curve: list[dict[str, float | int]],
     bins: dict[str, list[float]],
 ) -> None:
     """Write all of it beside the checkpoints."""
@@ -111,7 +111,7 @@ def _served_row(name: str, part: dict[str, Any]) -> str:
     )
 
 
-def plot_curve(path: Path, curve: list[dict[str, float]]) -> None:
+def plot_curve(path: Path, curve: list[dict[str, float | int]]) -> None:
     """Loss and expected acceptance length over training."""
     figure, left = plt.subplots(figsize=(6, 4))
     steps = [point["step"] for point in curve]

@@ -17,3 +17,8 @@ def write_rows(cached: Memory, new: Memory, position: Int[Array, "B S"]) -> Memo
         cached,
         new,
     )
+
+
+def write_heads(cached: Memory, new: Memory, position: Int[Array, "B S"]) -> Memory:
+    """`write_rows` for arrays [B H C …], every head alike."""
+    return jax.vmap(write_rows, in_axes=(1, 1, None), out_axes=1)(cached, new, position)

@@ -11,7 +11,7 @@ from dspark_jax.attention import Attention, attend_rows
 from dspark_jax.config import Qwen3Config
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
 from dspark_jax.stack import Group, build_layers, plan_groups, run_layers
-from dspark_jax.targets.cache import write_rows
+from dspark_jax.targets.cache import write_heads
 from dspark_jax.targets.moe import Routing, SparseMlp
 from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
 from dspark_jax.types import Rows, TargetStates
@@ -20,8 +20,8 @@ from dspark_jax.types import Rows, TargetStates
 class KeyValue(NamedTuple):
     """What one layer remembers of a token."""
 
-    key: Float[Array, "B C Hk d"]
-    value: Float[Array, "B C Hk d"]
+    key: Float[Array, "B Hk C d"]
+    value: Float[Array, "B Hk C d"]
 
 
 class Qwen3Layer(nnx.Module):
@@ -77,11 +77,11 @@ class Qwen3(nnx.Module):
 
     def extend(self, cache: Any, rows: Rows) -> tuple[Any, TargetStates]:
         """Rows after their caches: each is written at its position, then sees all up to itself."""
-        capacity = cache[0][0].key.shape[-3]
+        capacity = cache[0][0].key.shape[-2]
         visible = jnp.arange(capacity) <= rows.position[:, :, None]
 
         def remember(cached: KeyValue, new: KeyValue) -> tuple[KeyValue, KeyValue]:
-            memory = write_rows(cached, new, rows.position)
+            memory = write_heads(cached, new, rows.position)
             return memory, memory
 
         found, outputs = self._run(rows.tokens, rows.position, visible, cache, remember)
@@ -110,8 +110,8 @@ class Qwen3(nnx.Module):
         def step(layer: Qwen3Layer, carry: Carry, given: Any) -> tuple[Carry, Any]:
             slot, cached = given
             normed = layer.input_layernorm(carry.x)
-            new = KeyValue(*layer.self_attn.keys_values(normed, angle))
-            memory, kept = remember(cached, new)
+            new = layer.self_attn.keys_values(normed, angle)
+            memory, kept = remember(cached, KeyValue(*(jnp.moveaxis(x, 2, 1) for x in new)))
             query = layer.self_attn.queries(normed, angle)
             x = carry.x + layer.self_attn.o_proj(attend_rows(query, *memory, visible))
             update, routing = layer.feed_forward(x)
@@ -128,11 +128,11 @@ class Qwen3(nnx.Module):
 
 def init_cache(config: Qwen3Config, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:
     """Empty caches of every layer, arranged like the model's groups."""
-    heads = (config.num_key_value_heads, config.head_dim)
+    one = (batch, config.num_key_value_heads, capacity, config.head_dim)
 
     def empty(group: Group) -> KeyValue:
-        lead = (batch, capacity) if group.repeats == 1 else (group.repeats, batch, capacity)
-        return KeyValue(jnp.zeros((*lead, *heads), dtype), jnp.zeros((*lead, *heads), dtype))
+        shape = one if group.repeats == 1 else (group.repeats, *one)
+        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     groups = plan_groups(config.layer_kinds, config.unroll_layers)
     return tuple(tuple(empty(group) for _ in range(group.unit)) for group in groups)

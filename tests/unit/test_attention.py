@@ -12,7 +12,7 @@ B, S, H, HK, D = 2, 150, 6, 2, 8
 def test_tiles_are_chosen_by_size_alone() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (B, S, H, D))
-    key, value = (jax.random.normal(k, (B, S, HK, D)) for k in keys[1:])
+    key, value = (jax.random.normal(k, (B, HK, S, D)) for k in keys[1:])
     segment = jnp.where(jnp.arange(S) < 70, 1, 2)
     order = jnp.arange(S)
     visible = (segment[:, None] == segment) & (order[:, None] >= order)
