@@ -2,11 +2,14 @@
 
     pip install torch==2.13.0 transformers==5.23.0   # CPU builds are enough
     python tests/golden/make_glm.py
+    python tests/golden/make_glm.py --fp8            # glm_small_fp8, which 5.19.0 made
 
-The layout of golden.npz is that of the shared target fixtures; `test_glm.py` reads both. Seeds are
-tried until no choice of keys or experts is nearly a tie, so that the chosen sets are well defined.
+The layout of golden.npz is that of the shared target fixtures; `test_glm.py` reads both, and
+`test_fp8.py` the FP8 ones. Seeds are tried until no choice of keys or experts is nearly a tie, so
+that the chosen sets are well defined.
 """
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +23,7 @@ import transformers.models.glm_moe_dsa.modeling_glm_moe_dsa as modeling
 from safetensors.torch import save_file
 from transformers import DynamicCache, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
-FOLDER = Path(__file__).parent / "targets" / "glm_small"
+TARGETS = Path(__file__).parent / "targets"
 BATCH, SEQ, PREFILL, VERIFY, PADS = 3, 21, 11, 5, 4
 SMALLEST_GAP = 1e-3
 SIZES: dict[str, Any] = dict(
@@ -59,36 +62,79 @@ NOT_WRITTEN_BY_TRANSFORMERS = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
+BLOCK = (16, 9)
+"""Of the FP8 weights [out, in]: unequal sides, and hardly a size that they divide."""
+QUANTISED = ("_proj.weight", "_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
+QUANTISATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": list(BLOCK),
+}
+ONE_LINEAR = "model.layers.0.self_attn.q_b_proj"
+LARGEST_FP8 = 448.0
 Arrays = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fp8", action="store_true", help="write glm_small_fp8 instead")
     torch.set_num_threads(1)
     config = GlmMoeDsaConfig(**SIZES)
     config._attn_implementation = "eager"
     model = GlmMoeDsaForCausalLM(config).float().eval()
-    seed, gap, ids, arrays = first_without_ties(model)
+    write_fp8(model) if parser.parse_args().fp8 else write_plain(model)
+
+
+def write_plain(model: Any) -> None:
+    """The weights in float32 and what every kind of pass computes with them."""
+    ids, arrays = first_without_ties(model, draw_weights)
     arrays |= other_passes(model, ids)
-    arrays |= {"input_ids": ids, "weight_seed": torch.tensor(seed), "min_topk_gap": gap}
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(FOLDER / "golden.npz", **{k: v.numpy() for k, v in arrays.items()})
-    save_file(published_tensors(model), FOLDER / "model.safetensors")
-    described = config.to_dict() | NOT_WRITTEN_BY_TRANSFORMERS
-    (FOLDER / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    print(f"{FOLDER}: {len(arrays)} arrays, seed {seed}, smallest gap {gap:.2e}")
+    write("glm_small", "", arrays, published_tensors(model), config_of(model))
 
 
-def first_without_ties(model: Any) -> tuple[int, torch.Tensor, torch.Tensor, Arrays]:
-    """(seed, smallest gap, tokens, arrays) of the first seed whose choices are all clear."""
+def write_fp8(model: Any) -> None:
+    """The weights in FP8 and what a pass over plain activations computes with them (W8A16)."""
+    _, arrays = first_without_ties(model, draw_fp8)
+    tensors = draw_fp8(model, int(arrays["weight_seed"]))
+    layers = {f"w8a16.{n}": arrays.pop(n) for n in list(arrays) if n.startswith(("layer", "hf_"))}
+    arrays |= {"logits_w8a16": arrays.pop("logits")} | layers | one_linear(tensors)
+    config = config_of(model) | {"quantization_config": QUANTISATION}
+    write("glm_small_fp8", "_fp8", arrays, tensors, config)
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """What config.json says."""
+    return model.config.to_dict() | NOT_WRITTEN_BY_TRANSFORMERS
+
+
+def write(
+    name: str, suffix: str, arrays: dict[str, Any], tensors: Arrays, described: dict[str, Any]
+) -> None:
+    """One folder: golden.npz, model.safetensors, config.json."""
+    folder = TARGETS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        folder / f"golden{suffix}.npz", **{k: np.asarray(v) for k, v in arrays.items()}
+    )
+    save_file(tensors, folder / f"model{suffix}.safetensors")
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    seed, gap = arrays["weight_seed"].item(), arrays["min_topk_gap"].item()
+    print(f"{folder}: {len(arrays)} arrays, seed {seed}, smallest gap {gap:.2e}")
+
+
+def first_without_ties(model: Any, draw: Callable[[Any, int], Any]) -> tuple[torch.Tensor, Arrays]:
+    """(tokens, arrays) of the first seed whose choices are all clear; `draw` sets the weights."""
     for seed in range(1000):
-        draw_weights(model, seed)
+        draw(model, seed)
         generator = torch.Generator().manual_seed(10_000 + seed)
         ids = torch.randint(model.config.vocab_size, (BATCH, SEQ), generator=generator)
         arrays = full_pass(model, ids)
         gap = smallest_gap(model, arrays)
         if gap > SMALLEST_GAP:
-            return seed, gap, ids, arrays
+            about = {"input_ids": ids, "weight_seed": torch.tensor(seed), "min_topk_gap": gap}
+            return ids, arrays | about
     raise RuntimeError("every seed has a near tie")
 
 
@@ -105,6 +151,63 @@ def draw_weights(model: Any, seed: int) -> None:
         elif "embed_tokens" not in name:
             noise = noise * 1.4 / math.sqrt(noise.shape[-1])
         state[name].copy_(noise)
+
+
+def draw_fp8(model: Any, seed: int) -> Arrays:
+    """The checkpoint in FP8 of such weights; the model gets the numbers that are left of them."""
+    draw_weights(model, seed)
+    tensors: Arrays = {}
+    for name, weight in published_views(model):
+        if name.endswith(QUANTISED) and "weights_proj" not in name:
+            values, scales = quantise(weight, BLOCK)
+            tensors |= {name: values, f"{name}_scale_inv": scales}
+            weight.copy_(dequantise(values, scales, BLOCK))
+        elif name.endswith("e_score_correction_bias"):
+            tensors[name] = weight.clone()
+        else:
+            tensors[name] = weight.bfloat16()
+            weight.copy_(tensors[name])
+    return tensors
+
+
+def quantise(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 values, float32 scales): every block's largest magnitude becomes 448."""
+    size = [-(-n // b) for n, b in zip(x.shape, block, strict=True)]
+    scales = torch.empty(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            scales[i, j] = x[part(i, block[0]), part(j, block[1])].abs().max() / LARGEST_FP8
+    ratio = x / spread(scales, x.shape, block)
+    return ratio.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales
+
+
+def part(i: int, length: int) -> slice:
+    return slice(i * length, (i + 1) * length)
+
+
+def dequantise(values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    return values.float() * spread(scales, values.shape, block)
+
+
+def spread(scales: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:
+    """Every element's scale."""
+    row, column = (torch.arange(n) // b for n, b in zip(shape, block, strict=True))
+    return scales[row[:, None], column]
+
+
+def one_linear(tensors: Arrays) -> dict[str, Any]:
+    """A product of which both sides are in FP8 (W8A8).
+
+    One alone: a last bit of one activation soon sends another one to another expert.
+    """
+    weight, scales = tensors[f"{ONE_LINEAR}.weight"], tensors[f"{ONE_LINEAR}.weight_scale_inv"]
+    x = 2 * torch.randn(7, weight.shape[1], generator=torch.Generator().manual_seed(77))
+    x[3, 5], x[4] = 50.0, 0.0
+    group = (1, BLOCK[1])
+    scale = quantise(x.abs().clamp_min(1e-10), group)[1]
+    rounded = (x / spread(scale, x.shape, group)).to(torch.float8_e4m3fn)
+    y = dequantise(rounded, scale, group) @ dequantise(weight, scales, BLOCK).T
+    return {"lin_name": ONE_LINEAR, "lin_x": x, "lin_y_w8a8": y}
 
 
 def full_pass(model: Any, ids: torch.Tensor) -> Arrays:
@@ -232,20 +335,23 @@ def changed(modules: list[Any], name: str, value: Any) -> Iterator[None]:
 
 
 def published_tensors(model: Any) -> Arrays:
-    """The checkpoint's tensors: one per expert, where transformers keeps all in one."""
-    tensors: Arrays = {}
+    """The checkpoint's tensors."""
+    return {name: view.clone() for name, view in published_views(model)}
+
+
+def published_views(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors in the model's memory: one per expert, where it keeps all in one."""
     for name, value in model.state_dict().items():
         prefix, _, last = name.rpartition(".")
         if last == "gate_up_proj":
             for e, both in enumerate(value):
                 gate, up = both.chunk(2)
-                tensors[f"{prefix}.{e}.gate_proj.weight"] = gate.clone()
-                tensors[f"{prefix}.{e}.up_proj.weight"] = up.clone()
+                yield f"{prefix}.{e}.gate_proj.weight", gate
+                yield f"{prefix}.{e}.up_proj.weight", up
         elif last == "down_proj":
-            tensors |= {f"{prefix}.{e}.{last}.weight": w.clone() for e, w in enumerate(value)}
+            yield from ((f"{prefix}.{e}.{last}.weight", w) for e, w in enumerate(value))
         else:
-            tensors[name] = value.clone()
-    return tensors
+            yield name, value
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ and with layers stacked and scanned.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def only_what_we_can_load(request: pytest.FixtureRequest) -> None:
-    """Skips folders of other models and of weights we cannot read yet."""
+    """Skips folders of other models and of weights that another file checks."""
     if "folder" in request.fixturenames:
         reason = not_covered(request.getfixturevalue("folder"))
         if reason:
@@ -82,7 +82,7 @@ def not_covered(folder: Path) -> str | None:
     if kind != "glm_moe_dsa":
         return f"model_type {kind} is another model"
     if not (folder / "model.safetensors").exists() and list(folder.glob("*_fp8.safetensors")):
-        return "fp8 weights are not yet covered"
+        return "fp8 weights are checked in test_fp8.py"
     return None
 
 
@@ -97,14 +97,25 @@ def arrays_of(folder: Path) -> Arrays:
 
 @lru_cache(maxsize=8)
 def load(folder: Path, unroll: int, **changes: Any) -> Model:
-    """The folder's model; every residual stream is captured."""
-    layers = described(folder)["num_hidden_layers"]
-    settings = {"latent_norm_eps": TRANSFORMERS_LATENT_EPS, "unroll_layers": unroll}
-    settings |= {"aux_layer_ids": tuple(range(layers + 1))} | changes
-    config = config_from_json(described(folder), **settings)
+    """The folder's model."""
     tensors = load_file(folder / "model.safetensors")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    params = params_from_tensors(config, shapes, tensors.__getitem__)
+    return build(described(folder), shapes, tensors.__getitem__, unroll, **changes)
+
+
+def build(
+    description: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    get: Callable[[str], np.ndarray],
+    unroll: int,
+    **changes: Any,
+) -> Model:
+    """The model of these tensors; every residual stream is captured."""
+    layers = description["num_hidden_layers"]
+    settings = {"latent_norm_eps": TRANSFORMERS_LATENT_EPS, "unroll_layers": unroll}
+    settings |= {"aux_layer_ids": tuple(range(layers + 1))} | changes
+    config = config_from_json(description, **settings)
+    params = params_from_tensors(config, shapes, get)
     target = make_target(config)
     compiled = target._replace(trace=jax.jit(target.trace), extend=jax.jit(target.extend))
     return Model(compiled, params, config)
@@ -143,13 +154,12 @@ def ints(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array, jnp.int32)
 
 
-def layer_arrays(folder: Path, unroll: int) -> dict[str, Any]:
+def layer_arrays(one_by_one: Model, seen: Trace) -> dict[str, Any]:
     """Our version of every `layer{i}.` array; choices as a table of what was chosen."""
-    config, ours = load(folder, unroll).config, {}
-    seen = trace(folder, unroll)
+    config, ours = one_by_one.config, {}
     for i, choice in enumerate(seen.choices):
         mine = {"out": seen.streams[i + 1], "topk": choice.selected}
-        mine |= dict(zip(("attn_out", "mlp_out"), block_updates(folder, unroll, i), strict=True))
+        mine |= dict(zip(("attn_out", "mlp_out"), block_updates(one_by_one, seen, i), strict=True))
         if choice.index_scores is not None:
             mine["index_scores"] = choice.index_scores
         if choice.routing is not None:
@@ -163,9 +173,8 @@ def layer_arrays(folder: Path, unroll: int) -> dict[str, Any]:
     return ours
 
 
-def block_updates(folder: Path, unroll: int, layer: int) -> tuple[jax.Array, jax.Array]:
+def block_updates(model: Model, seen: Trace, layer: int) -> tuple[jax.Array, jax.Array]:
     """What attention and MLP of a layer add to the stream that our model fed them."""
-    model, seen = load(folder, 1000), trace(folder, unroll)
     glm = nnx.merge(nnx.split(glm_of(model.config))[0], model.params, copy=True)
     block, x = glm.layers[layer][0], seen.streams[layer]
     normed = block.input_layernorm(x)
@@ -173,6 +182,14 @@ def block_updates(folder: Path, unroll: int, layer: int) -> tuple[jax.Array, jax
     query, memory = block.self_attn.query(normed, angle), block.self_attn.memory(normed, angle)
     attended, _ = block.self_attn.attend_expanded(query, memory, seen.choices[layer].selected)
     return attended, block.feed_forward(x + attended)[0]
+
+
+def hidden_states(model: Model, seen: Trace) -> dict[str, Any]:
+    """Our version of every residual stream, as transformers returns them, and of the logits."""
+    glm = nnx.merge(nnx.split(glm_of(model.config))[0], model.params, copy=True)
+    hidden = [*seen.streams[:-1], glm.norm(seen.streams[-1])]  # transformers norms the last one
+    ours = {f"hf_hidden_states.{i}": x for i, x in enumerate(hidden)}
+    return ours | {"logits": seen.logits}
 
 
 def comparable(name: str, theirs: np.ndarray, arrays: Arrays, ours: Any) -> tuple[Any, Any]:
@@ -247,17 +264,14 @@ def test_a_fixture_has_all_its_arrays_and_no_others(folder: Path):
 
 
 def test_what_every_layer_computes_matches(folder: Path, unroll: int):
-    ours, arrays = layer_arrays(folder, unroll), arrays_of(folder)
+    ours, arrays = layer_arrays(load(folder, 1000), trace(folder, unroll)), arrays_of(folder)
     assert set(ours) == {name for name in arrays if name.startswith("layer")}
     assert not differences(ours, arrays)
 
 
 def test_hidden_states_and_logits_match(folder: Path, unroll: int):
-    model, seen = load(folder, unroll), trace(folder, unroll)
-    glm = nnx.merge(nnx.split(glm_of(model.config))[0], model.params, copy=True)
-    hidden = [*seen.streams[:-1], glm.norm(seen.streams[-1])]  # transformers norms the last one
-    ours = {f"hf_hidden_states.{i}": x for i, x in enumerate(hidden)}
-    assert not differences(ours | {"logits": seen.logits}, arrays_of(folder))
+    ours = hidden_states(load(folder, unroll), trace(folder, unroll))
+    assert not differences(ours, arrays_of(folder))
 
 
 def test_logits_without_sparsity_match(folder: Path, unroll: int):

@@ -1,0 +1,151 @@
+"""FP8 weights against PyTorch: every array of each `--golden`/targets/*/golden_fp8.npz.
+
+Weights are dequantised and activations plain (W8A16), as transformers computed them. Products with
+quantised activations too (W8A8) are compared one linear at a time: from end to end they are
+chaotic, because the last bit of one e4m3 number picks another expert or another key a few layers
+on, so `logits_w8a8` (which a fixture may hold) is no reference for anybody but its writer.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import deserialize
+
+from dspark_jax.fp8 import (
+    Block,
+    BlockScaled,
+    check_scales,
+    dequantise,
+    matmul_w8a8,
+    quantise_activations,
+)
+from tests.parity.test_glm import (
+    ABOUT_THE_FIXTURE,
+    RELATIVE,
+    Arrays,
+    Model,
+    Trace,
+    build,
+    described,
+    differences,
+    expected_names,
+    hidden_states,
+    ints,
+    layer_arrays,
+    run,
+)
+
+DTYPES = {"F8_E4M3": jnp.float8_e4m3fn, "BF16": jnp.bfloat16, "F32": np.float32}
+SUFFIX = "_scale_inv"
+ONE_LINEAR = {"lin_name", "lin_x", "lin_y_w8a8"}
+NOT_COMPARED = {"input_ids", "logits_w8a8", *ABOUT_THE_FIXTURE}
+
+
+def fp8_folders(golden: Path) -> list[Path]:
+    found = [path.parent for path in golden.glob("targets/*/golden_fp8.npz")]
+    return sorted(folder for folder in found if (folder / "model_fp8.safetensors").exists())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "folder" in metafunc.fixturenames:
+        folders = fp8_folders(metafunc.config.option.golden)
+        metafunc.parametrize("folder", folders, ids=lambda folder: folder.name)
+    if "unroll" in metafunc.fixturenames:
+        metafunc.parametrize("unroll", [1000, 0], ids=["one_by_one", "scanned"])
+
+
+@lru_cache
+def arrays_of(folder: Path) -> Arrays:
+    """The fixture's arrays of our model, under the names that a plain fixture gives them."""
+    named = dict(np.load(folder / "golden_fp8.npz"))
+    named["logits"] = named.pop("logits_w8a16")
+    return {name.removeprefix("w8a16."): array for name, array in named.items()}
+
+
+@lru_cache
+def tensors_of(folder: Path) -> Arrays:
+    """The checkpoint as stored; safetensors' own reader for numpy knows no FP8."""
+    data = (folder / "model_fp8.safetensors").read_bytes()
+    return {
+        name: np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in deserialize(data)
+    }
+
+
+def block_of(folder: Path) -> Block:
+    """Rows and columns of our kernels, which are transposed."""
+    settings = described(folder).get("quantization_config") or {"weight_block_size": [128, 128]}
+    columns, rows = settings["weight_block_size"]
+    return rows, columns
+
+
+def kernel_of(folder: Path, name: str) -> BlockScaled:
+    """A checkpoint's quantised `weight` as a kernel."""
+    tensors = tensors_of(folder)
+    values, scales = tensors[name], tensors[name + SUFFIX]
+    check_scales(name + SUFFIX, scales)
+    return BlockScaled(jnp.asarray(values.T), jnp.asarray(scales.T), block_of(folder))
+
+
+@lru_cache
+def load(folder: Path, unroll: int) -> Model:
+    """The model of the weights that are left of the quantised ones."""
+    tensors = tensors_of(folder)
+
+    def get(name: str) -> np.ndarray:
+        if name + SUFFIX in tensors:
+            return np.asarray(dequantise(kernel_of(folder, name), jnp.float32)).T
+        return tensors[name]
+
+    shapes = {name: tensors[name].shape for name in tensors if not name.endswith(SUFFIX)}
+    return build(described(folder), shapes, get, unroll)
+
+
+@lru_cache
+def trace(folder: Path, unroll: int) -> Trace:
+    return run(load(folder, unroll), ints(arrays_of(folder)["input_ids"]))
+
+
+def test_there_is_something_to_check():
+    ours = Path(__file__).parents[1] / "golden"  # another `--golden` may have no FP8 weights
+    assert fp8_folders(ours), f"no targets/* with golden_fp8.npz in {ours}"
+
+
+def test_a_fixture_has_all_its_arrays_and_no_others(folder: Path):
+    names = expected_names(load(folder, 1000).config)
+    computed = {n for n in names if n.startswith(("layer", "hf_hidden_states"))} | {"logits"}
+    assert arrays_of(folder).keys() - NOT_COMPARED == computed | ONE_LINEAR
+
+
+def test_what_every_layer_computes_matches(folder: Path, unroll: int):
+    ours, arrays = layer_arrays(load(folder, 1000), trace(folder, unroll)), arrays_of(folder)
+    assert set(ours) == {name for name in arrays if name.startswith("layer")}
+    assert not differences(ours, arrays)
+
+
+def test_hidden_states_and_logits_match(folder: Path, unroll: int):
+    ours = hidden_states(load(folder, unroll), trace(folder, unroll))
+    assert not differences(ours, arrays_of(folder))
+
+
+@pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["eager", "compiled"])
+def test_one_linear_with_quantised_activations_matches(folder: Path, call: Any):
+    arrays = arrays_of(folder)
+    kernel = kernel_of(folder, f"{arrays['lin_name']}.weight")
+    ours = np.asarray(call(matmul_w8a8)(jnp.asarray(arrays["lin_x"]), kernel))
+    theirs = arrays["lin_y_w8a8"]
+    assert np.abs(ours - theirs).max() <= RELATIVE * np.abs(theirs).max()
+
+
+def test_both_sides_of_the_linear_dequantised_give_the_same(folder: Path):
+    arrays = arrays_of(folder)
+    kernel = kernel_of(folder, f"{arrays['lin_name']}.weight")
+    x = quantise_activations(jnp.asarray(arrays["lin_x"]), kernel.block[0])
+    ours = np.asarray(dequantise(x, jnp.float32) @ dequantise(kernel, jnp.float32))
+    theirs = arrays["lin_y_w8a8"]
+    assert np.abs(ours - theirs).max() <= RELATIVE * np.abs(theirs).max()
