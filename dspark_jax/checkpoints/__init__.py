@@ -1,0 +1,1 @@
+"""Checkpoints in Hugging Face layout: found, checked, and read into sharded arrays."""
