@@ -6,13 +6,16 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
-from dspark_jax.config import TargetConfig
+from dspark_jax.checkpoints.folder import resolve
+from dspark_jax.checkpoints.quantisation import quantisation
+from dspark_jax.checkpoints.shards import stored_tensors
+from dspark_jax.config import MeshConfig, TargetConfig
+from dspark_jax.sharding import make_mesh
 from dspark_jax.targets.families import read_config
-from dspark_jax.targets.weights import params_from_tensors
+from dspark_jax.targets.load import load_params
 
 
 class LoadedTarget(NamedTuple):
@@ -32,15 +35,13 @@ def embedded(name: str) -> Path:
     return Path(dspark_jax.__file__).resolve().parent / "assets" / name
 
 
-def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
+def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
     """Read config.json, *.safetensors, tokenizer and chat template of a target.
 
-    Raises ValueError when the folder is no target, or its tokenizer knows more tokens than the
-    target's embedding has rows.
+    `name` is a folder or a hub id `org/name[@revision]`. Raises ValueError when it is no target, or
+    its tokenizer knows more tokens than the target's embedding has rows.
     """
-    if not folder.is_dir():
-        raise ValueError(f"target {folder} is no folder; give one in Hugging Face layout.")
-    folder = folder.resolve()
+    folder = resolve(str(name)).resolve()
     described = read_json(folder / "config.json", "target")
     config = read_config(described, aux_layer_ids=aux_layer_ids)
     if config.num_hidden_layers < max(aux_layer_ids, default=0):
@@ -49,6 +50,7 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
             f"{config.num_hidden_layers} layers; give numbers from 0 to "
             f"{config.num_hidden_layers}, or the --target that they are meant for."
         )
+    block, stored = quantisation(described), stored_tensors(folder)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -56,19 +58,7 @@ def load_target(folder: Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
             f"{config.vocab_size} rows; use the tokenizer the target was trained with."
         )
     ends = end_tokens(folder, described, tokenizer)
-    shapes, place = {}, {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118  (no mapping)
-                shapes[name], place[name] = tuple(file.get_slice(name).get_shape()), path
-    if not shapes:
-        raise ValueError(f"target {folder} holds no *.safetensors file; give a model's folder.")
-
-    def get(name: str) -> np.ndarray:
-        with open_safetensors(place[name]) as file:
-            return np.asarray(file.get_tensor(name))
-
-    params = params_from_tensors(config, shapes, get)
+    params = load_params(config, stored, block, make_mesh(MeshConfig(1, 1)))
     return LoadedTarget(folder, config, params, tokenizer, ends)
 
 

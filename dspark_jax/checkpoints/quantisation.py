@@ -1,23 +1,21 @@
 """How a checkpoint's weights are quantised, as its config.json says."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-BLOCK = [128, 128]
-"""Rows and columns of a weight that share one scale."""
 NEEDED: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", None),
     "activation_scheme": ("dynamic", None),
-    "weight_block_size": (BLOCK,),
 }
 """What each setting may be; None where it may be absent."""
 
 
-def quantisation(config: Mapping[str, Any]) -> Literal["fp8"] | None:
-    """What config.json's `quantization_config` asks for: nothing, or FP8 in 128x128 blocks.
+def quantisation(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a weight that share one scale, None where weights are not quantised.
 
-    Raises ValueError, naming it, on any other quantisation.
+    That is FP8 (e4m3) with `weight_block_size`, 128 x 128 in published checkpoints. Raises
+    ValueError, naming it, on any other quantisation.
     """
     asked = config.get("quantization_config")
     if not asked:
@@ -28,8 +26,12 @@ def quantisation(config: Mapping[str, Any]) -> Literal["fp8"] | None:
             "use the model's own file."
         )
     wrong = {k: asked.get(k) for k, allowed in NEEDED.items() if asked.get(k) not in allowed}
+    block = asked.get("weight_block_size")
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or any(type(n) is not int or n < 1 for n in sizes):
+        wrong["weight_block_size"] = block
     if not wrong:
-        return "fp8"
+        return sizes[0], sizes[1]
     method = asked.get("quant_method")
     if method != "fp8":
         # ModelOpt and compressed-tensors say what they really are in a second field.
@@ -37,10 +39,11 @@ def quantisation(config: Mapping[str, Any]) -> Literal["fp8"] | None:
         what = " ".join(str(kind) for kind in kinds if kind)
         raise ValueError(
             f"quantisation {what or 'without quant_method'} is not supported; "
-            "supported are bfloat16 weights and fp8 (e4m3) in blocks of 128 x 128."
+            "supported are bfloat16 weights and fp8 (e4m3) in blocks, as 128 x 128."
         )
     told = ", ".join(f"{key} {value!r}" for key, value in wrong.items())
     raise ValueError(
         f"fp8 quantisation with {told} is not supported; "
-        "supported are fmt 'e4m3', activation_scheme 'dynamic' and weight_block_size [128, 128]."
+        "supported are fmt 'e4m3', activation_scheme 'dynamic' and a weight_block_size of two "
+        "sizes, as [128, 128]."
     )

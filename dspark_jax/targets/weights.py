@@ -87,7 +87,7 @@ def params_from_tensors(
     mis-shaped tensor is listed in one ValueError before the first is read.
     """
     table = list(entries(config))
-    _check(config, {e.name: e.shape for e in table}, shapes)
+    check_tensors(config, {e.name: e.shape for e in table}, shapes)
     model = shape_of(config)
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
@@ -109,11 +109,17 @@ def tensors_from_params(config: TargetConfig, params: Any) -> dict[str, np.ndarr
     return tensors
 
 
-def _check(
+def check_tensors(
     config: TargetConfig,
     wanted: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
 ) -> None:
+    """Raise one ValueError that lists every missing, extra and mis-shaped tensor.
+
+    Layers past `num_hidden_layers` (multi-token prediction) are left out, and the head of a model
+    that ties it to its embedding.
+    """
+
     def beyond(name: str) -> bool:
         parts = name.split(".")
         tied = name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)

@@ -131,7 +131,7 @@ def test_a_warm_start_that_would_mean_something_else_is_refused(
     [
         (("--steps", "0"), "steps is 0"),
         (("--learning-rate", "-1"), "learning_rate is -1.0"),
-        (("--target", "/nonexistent"), "is no folder"),
+        (("--target", "/nonexistent"), "neither a folder nor a hub id"),
         (("--warm-start", str(TINY)), "describes no draft"),
         (("--preset", "glm-5.2"), "--target that they are meant for"),
         (("--max-anchors", "0"), "max_anchors is 0"),

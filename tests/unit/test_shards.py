@@ -209,7 +209,7 @@ def test_plain_weights_have_no_quantisation(config: dict[str, Any]):
 @pytest.mark.parametrize("without", ["", "fmt", "activation_scheme"])
 def test_fp8_in_blocks_is_known(without: str):
     asked = {key: value for key, value in FP8.items() if key != without}
-    assert quantisation({"quantization_config": asked}) == "fp8"
+    assert quantisation({"quantization_config": asked}) == (128, 128)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,8 @@ def test_fp8_in_blocks_is_known(without: str):
         ({"bits": 4}, "quantisation without quant_method is not supported"),
         (FP8 | {"fmt": "e5m2"}, "fp8 quantisation with fmt 'e5m2' is not supported"),
         (FP8 | {"activation_scheme": "static"}, "fp8 quantisation with activation_scheme 'static'"),
-        (FP8 | {"weight_block_size": [1, 128]}, r"weight_block_size \[1, 128\] is not supported"),
+        (FP8 | {"weight_block_size": [0, 128]}, r"weight_block_size \[0, 128\] is not supported"),
+        (FP8 | {"weight_block_size": [128]}, r"weight_block_size \[128\] is not supported"),
         ({"quant_method": "fp8"}, "fp8 quantisation with weight_block_size None is not"),
         ("fp8", "quantization_config is 'fp8' in config.json, but an object is needed"),
     ],

@@ -247,4 +247,4 @@ def test_host_memory_stays_below_twice_the_largest_tensor_plus_a_constant(tmp_pa
     total, largest = (64 * 4 + 64) * mebibyte, 64 * mebibyte
     host_bytes = int(done.stdout) - total  # on this platform the arrays are host memory as well
     print(f"{host_bytes / mebibyte:.0f} MiB beside the parameters")
-    assert host_bytes < 2 * largest + 64 * mebibyte
+    assert host_bytes < 2 * largest + 128 * mebibyte

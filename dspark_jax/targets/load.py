@@ -1,0 +1,131 @@
+"""A target's checkpoint, streamed into device arrays; FP8 blocks are multiplied out on the way."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dspark_jax import sharding
+from dspark_jax.checkpoints.header import Stored
+from dspark_jax.checkpoints.rounds import ParamPath, Placement
+from dspark_jax.checkpoints.stream import stream
+from dspark_jax.config import TargetConfig
+from dspark_jax.fp8 import BlockScaled, dequantise
+from dspark_jax.targets.weights import Entry, check_tensors, entries, shape_of
+
+SCALES = "_scale_inv"
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+
+
+def load_params(
+    config: TargetConfig,
+    stored: Mapping[str, Stored],
+    block: tuple[int, int] | None,
+    mesh: Mesh,
+    dtype: Any = jnp.float32,
+    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> Any:
+    """The parameters of a target in `dtype`, spread over the mesh by the rules of `sharding.py`.
+
+    Args:
+        stored: What the checkpoint holds, from `stored_tensors`.
+        block: Rows and columns [out, in] of a weight that share a scale, from `quantisation`.
+
+    Raises ValueError, before any data is read, that lists every tensor which is missing, extra,
+    of another shape or of an unfitting type; then when scales are not finite or a file is cut off.
+    """
+    table = list(entries(config))
+    quantised = {e.path for e in table if e.name in stored and stored[e.name].dtype == FP8}
+    scales = [scale_of(e, block) for e in table if e.path in quantised] if block else []
+    wanted = {e.name: e.shape for e in (*table, *scales)}
+    check_tensors(config, wanted, {name: tensor.shape for name, tensor in stored.items()})
+    check_types(table, scales, stored, quantised, block)
+    shapes = dict(nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param)))
+    kept = {path: (param.shape, kept_type(path, dtype)) for path, param in shapes.items()}
+    kept |= {path: (shapes[path].shape, FP8) for path in quantised}
+    if block:
+        cut = {path: scale_shape(shapes[path].shape, block) for path in quantised}
+        kept |= {(*path, SCALES): (shape, jnp.float32) for path, shape in cut.items()}
+    places = {path: _place(mesh, path, shape) for path, (shape, _) in kept.items()}
+    targets = {p: jax.ShapeDtypeStruct(*kept[p], sharding=places[p]) for p in kept}
+    arrays = stream([placement(e, stored) for e in (*table, *scales)], targets, progress)
+    for path in quantised:
+        assert block is not None
+        scaled = BlockScaled(arrays.pop(path), arrays.pop((*path, SCALES)), (block[1], block[0]))
+        arrays[path] = _multiply_out(scaled, kept_type(path, dtype), places[path])
+    return nnx.from_flat_state(
+        [(path, param.replace(arrays[path])) for path, param in shapes.items()]
+    )
+
+
+def kept_type(path: ParamPath, dtype: Any) -> Any:
+    """The type a parameter is kept in: the bias that chooses experts is always float32."""
+    return jnp.float32 if path[-1] == "e_score_correction_bias" else dtype
+
+
+def blocks(shape: Iterable[int], block: Iterable[int]) -> tuple[int, ...]:
+    """How many blocks cover a matrix; the last of an axis may be ragged."""
+    return tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
+
+
+def scale_shape(kernel: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The scales of a kernel [… in, out] in blocks [out, in]."""
+    return (*kernel[:-2], *blocks(kernel[-2:], block[::-1]))
+
+
+def scale_of(entry: Entry, block: tuple[int, int]) -> Entry:
+    """The table's row of a quantised weight's scales."""
+    path, shape = (*entry.path, SCALES), blocks(entry.shape, block)
+    return entry._replace(name=entry.name + SCALES, shape=shape, path=path)
+
+
+def placement(entry: Entry, stored: Mapping[str, Stored]) -> Placement:
+    """Where a tensor of the table goes."""
+    transposed = entry.layout == "transposed"
+    return Placement(stored[entry.name], entry.path, entry.place, transposed)
+
+
+def check_types(
+    table: Iterable[Entry],
+    scales: Iterable[Entry],
+    stored: Mapping[str, Stored],
+    quantised: set[ParamPath],
+    block: tuple[int, int] | None,
+) -> None:
+    """Raise ValueError on weights whose type and scales do not go together."""
+    if quantised and block is None:
+        name = next(e.name for e in table if e.path in quantised)
+        raise ValueError(
+            f"{name} is FP8 but config.json has no quantization_config; use the model's own file."
+        )
+    problems = list(_mixed(table, stored, quantised))
+    problems += [
+        f"{e.name} is {stored[e.name].dtype} instead of float32"
+        for e in scales
+        if stored[e.name].dtype != jnp.float32
+    ]
+    if problems:
+        raise ValueError(f"{len(problems)} tensors have an unfitting type: {'; '.join(problems)}.")
+
+
+def _mixed(
+    table: Iterable[Entry], stored: Mapping[str, Stored], quantised: set[ParamPath]
+) -> Iterator[str]:
+    """Weights that stand among FP8 ones without being FP8, and types that are no weights."""
+    for entry in table:
+        kind = stored[entry.name].dtype
+        if entry.path in quantised and kind != FP8:
+            yield f"{entry.name} is {kind} while others of its kind are FP8"
+        elif not jnp.issubdtype(kind, jnp.floating):
+            yield f"{entry.name} is {kind}, no floating-point type"
+
+
+def _place(mesh: Mesh, path: ParamPath, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, sharding.spec(mesh, [str(part) for part in path], shape))
+
+
+def _multiply_out(scaled: BlockScaled, dtype: Any, place: NamedSharding) -> jax.Array:
+    return jax.jit(dequantise, static_argnums=1, out_shardings=place)(scaled, dtype)
