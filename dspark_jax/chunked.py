@@ -137,7 +137,13 @@ _slot_losses.defvjp(_forward, _backward)
 def _chunk_loss(
     unembed: Unembed, loss: LossConfig, trained: Trained, given: Given
 ) -> tuple[Float[Array, ""], SlotValues]:
-    """The loss of the slots given, unchunked."""
+    """The loss of the slots given, unchunked.
+
+    What is not trained is not looked at either: its logits may be no numbers.
+    """
+    trained = trained._replace(hidden=jnp.where(given.mask[..., None], trained.hidden, 0))
+    if trained.markov is not None:
+        trained = trained._replace(markov=jnp.where(given.mask[..., None], trained.markov, 0))
     hidden = jax.vmap(lambda states, row: states[row])(given.final_hidden, given.row)
     teacher = unembed(given.teacher, hidden)
     logits = corrected_logits(trained, given.lm_head)

@@ -5,6 +5,7 @@ position in the data, what the data and target were, the validation score). Orba
 temporary name and renames it; what a killed run leaves is never taken for a checkpoint.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,8 @@ Say = Callable[[str], None]
 UNFINISHED = ".orbax-checkpoint-tmp"
 BROKEN = ".broken"
 DELETED = ".deleted"
+FAULTS = (OSError, MemoryError, jax.errors.JaxRuntimeError)
+"""What says nothing about the checkpoint that was being read."""
 
 
 class Restored(NamedTuple):
@@ -27,6 +30,10 @@ class Restored(NamedTuple):
     step: int
     state: Any
     about: dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A checkpoint whose files are not what was written."""
 
 
 class Checkpoints:
@@ -61,7 +68,8 @@ class Checkpoints:
         Raises ValueError when either cannot be written; finished ones stay.
         """
         self.finish()
-        about = about | {"score": score, "checksums": checksums(state)}
+        about = about | {"score": score, "checksums": checksums(state), "shapes": shapes(state)}
+        about = about | {"seal": seal(about)}
         given = {"state": ocp.args.StandardSave(state), "about": ocp.args.JsonSave(about)}
         args = ocp.args.Composite(**given)
         self._guarded(step, lambda: self.manager.save(step, args=args, force=True))
@@ -76,34 +84,87 @@ class Checkpoints:
         for step in set(steps) - stay:
             self._remove(step)
 
-    def restore_latest(self, like: Any) -> Restored | None:
+    def restore_latest(
+        self, like: Any, check: Callable[[dict[str, Any]], None] = lambda about: None
+    ) -> Restored | None:
         """The newest checkpoint that can be read, in the shapes and shardings of `like`.
 
-        Those that cannot are set aside under another name, with a line that says so.
+        `check(about)` raises when a checkpoint belongs to another run; nothing is set aside then.
+        DamagedError ones newer than the one found are set aside, with a line that says so. Raises
+        ValueError when there are checkpoints and all are damaged, OSError when the disk fails.
         """
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return self.restore(step, like)
-            except Exception as error:  # whatever reads a damaged file raises what it likes
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                self.say(f"checkpoint {step} cannot be read and is skipped: {reason}")
-                aside = self.folder / f"{step}{BROKEN}"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.folder / str(step)).rename(aside)
-                self.scores.pop(step, None)
-                self.manager.reload()
+                found = self.restore(step, like, check)
+            except DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for other, reason in damaged.items():
+                self._set_aside(other, reason)
+            return found
+        if damaged:
+            told = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise ValueError(
+                f"no checkpoint in {self.folder} can be read ({told}); put back a copy, or start "
+                "over with --fresh."
+            )
         return None
 
-    def restore(self, step: int, like: Any) -> Restored:
-        """One checkpoint; ValueError when its numbers are not those that were saved."""
+    def restore_best(self, like: Any, last: int) -> Restored | None:
+        """The checkpoint with the best score; None when that is `last`, the state at hand."""
+        while (best := self.best()) not in (None, last):
+            assert best is not None
+            try:
+                return self.restore(best, like)
+            except DamagedError as error:
+                self._set_aside(best, str(error))
+        return None
+
+    def restore(
+        self, step: int, like: Any, check: Callable[[dict[str, Any]], None] = lambda about: None
+    ) -> Restored:
+        """One checkpoint; raises DamagedError, ValueError when it is another run's, or OSError."""
+        about = self._about(step)
+        check(about)
+        if about["shapes"] != shapes(like):
+            raise ValueError(
+                f"checkpoint {step} in {self.folder} holds a state of other shapes than this run's "
+                "(the target or the package changed); give another --output, or start over with "
+                "--fresh."
+            )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        given = {"state": ocp.args.StandardRestore(abstract), "about": ocp.args.JsonRestore()}
-        found = self.manager.restore(step, args=ocp.args.Composite(**given))
-        if checksums(found.state) != found.about["checksums"]:
-            raise ValueError("its numbers are not those that were saved")
-        return Restored(step, found.state, found.about)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            state = self.manager.restore(step, args=args).state
+        except Exception as error:  # whatever reads a damaged file raises what it likes
+            if isinstance(error, FAULTS) and not isinstance(error, FileNotFoundError):
+                raise
+            raise DamagedError(_first_line(error)) from error
+        if checksums(state) != about["checksums"]:
+            raise DamagedError("its numbers are not those that were saved")
+        return Restored(step, state, about)
+
+    def _about(self, step: int) -> dict[str, Any]:
+        path = self.folder / str(step) / "about" / "metadata"
+        try:
+            about = json.loads(path.read_text())
+            whole = about.pop("seal") == seal(about)
+        except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DamagedError(_first_line(error)) from error
+        if not whole:
+            raise DamagedError("what is written beside it is not what was saved")
+        return about
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        self.say(f"checkpoint {step} cannot be read and is skipped: {reason}")
+        aside = self.folder / f"{step}{BROKEN}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        self.scores.pop(step, None)
+        self.manager.reload()
 
     def close(self) -> None:
         """Finish and let go of the background threads."""
@@ -120,8 +181,8 @@ class Checkpoints:
 
     def _score(self, step: int) -> float | None:
         try:
-            return json.loads((self.folder / str(step) / "about" / "metadata").read_text())["score"]
-        except (OSError, ValueError, KeyError):
+            return self._about(step)["score"]
+        except (DamagedError, OSError):
             return None  # restore_latest says what is wrong with it
 
     def _guarded(self, step: int, write: Callable[[], Any]) -> None:
@@ -133,8 +194,26 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; the last good "
-                f"one is {last[0]}. Once that is mended, the same command goes on from it."
+                f"one is {last[0]}. Once that is mended, the same command (without --fresh) goes "
+                "on from it."
             ) from error
+
+
+def seal(about: dict[str, Any]) -> str:
+    """A digest of what is written beside a state."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def shapes(state: Any) -> str:
+    """A digest of a state's structure, shapes and types."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    told = [f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}" for path, x in leaves]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Settings that cannot work are refused before anything expensive."""
 
+import math
 from operator import attrgetter
 
 from jax.sharding import Mesh
@@ -15,6 +16,7 @@ LEAST = {
     "answer_tokens": 1,
     "prompt_tokens": 2,
     "accumulate": 1,
+    "seed": 0,
     "keeping.serve_prompts": 1,
     "keeping.save_every": 1,
     "keeping.keep": 1,
@@ -36,12 +38,17 @@ def check_settings(settings: TrainSettings) -> None:
         )
     for name in ("loss.loss_decay", "optimizer.learning_rate", "optimizer.clip_norm"):
         value = attrgetter(name)(settings)
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{name.split('.')[-1]} is {value}; use a positive number.")
     for name in ("optimizer.warmup_share", "loss.dpace_alpha", "bad_states"):
         value = attrgetter(name)(settings)
         if not 0 <= value <= 1:
             raise ValueError(f"{name.split('.')[-1]} is {value}; use a number from 0 to 1.")
+    if settings.loss.loss_preset == "paper" and settings.draft.draft_vocab_size is not None:
+        raise ValueError(
+            f"draft_vocab_size {settings.draft.draft_vocab_size} and loss_preset paper do not go "
+            "together: the data's own tokens may lie outside a reduced vocabulary; leave one out."
+        )
     if settings.warm_start is not None and settings.output in settings.warm_start.parents:
         raise ValueError(
             f"--output {settings.output} holds the draft {settings.warm_start} to start from, "
@@ -59,7 +66,11 @@ def check_settings(settings: TrainSettings) -> None:
             f"sequence_length {settings.sequence_length} leaves no room for a block of "
             f"{settings.draft.block_size}; use a longer one."
         )
-    if not settings.loss.config().weights:
+    weights = dict(settings.loss.config().weights)
+    for name, value in (*weights.items(), ("loss_confidence", settings.loss.loss_confidence)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"the weight of {name} is {value}; use 0 or a positive number.")
+    if not weights:
         raise ValueError("all loss_weights are 0, so nothing is learnt; weigh one of them.")
     check_loggers(settings.keeping.loggers)
 

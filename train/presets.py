@@ -31,7 +31,7 @@ PRESETS = {
         batch_rows=2,
         conversations=3072,
         draft=DraftOptions(num_layers=1, intermediate_size=384),
-        loss=LossOptions(loss_weights={"ce": 0.1, "tv": 0.9, "kl_div": 1.0}),
+        loss=LossOptions(loss_preset="speculators+kl"),
         optimizer=OptimizerSettings(learning_rate=6e-3, muon_weight_decay=0.01),
         keeping=KeepingOptions(save_every=300, serve_prompts=48),
     ),

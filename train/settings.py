@@ -50,9 +50,10 @@ class DraftOptions:
 class LossOptions:
     """What the draft learns."""
 
-    loss_preset: Literal["speculators", "paper"] = "speculators"
+    loss_preset: Literal["speculators", "speculators+kl", "paper"] = "speculators"
     """Labels, trained slots, denominators and weights as published: speculators teaches the
-    target's own choice, paper (DeepSpec) the data's token and the L1 distance."""
+    target's own choice, paper (DeepSpec) the data's token and the L1 distance. speculators+kl adds
+    the divergence from the target, which short runs profit from."""
     loss_weights: dict[TermName, float] | None = None
     """Other weights, as in `--loss-weights ce 0.1 tv 0.9`; l1 is twice tv."""
     loss_confidence: float = 1.0
@@ -71,7 +72,7 @@ class LossOptions:
         if self.loss_weights is not None:
             weights = tuple((name, w) for name, w in self.loss_weights.items() if w)
         return LossConfig(
-            rule=self.loss_preset,
+            rule="paper" if self.loss_preset == "paper" else "speculators",
             weights=weights,
             confidence=self.loss_confidence,
             decay=self.loss_decay,
@@ -102,7 +103,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class KeepingOptions:
-    """What is written while training; none of it changes what is learnt."""
+    """What is written while training and which checkpoint becomes the draft; not what is learnt."""
 
     save_every: int = 200
     """Steps between checkpoints, each validated."""

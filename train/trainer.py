@@ -18,6 +18,7 @@ from dspark_jax.draft import draft_graphdef
 from dspark_jax.losses import denominator
 from dspark_jax.metrics import Metrics, at_least_one, count, pair
 from dspark_jax.objective import Outcome, Part, Teacher, batch_loss, teacher_unembed
+from dspark_jax.targets.load import in_type
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.hidden_states import HiddenStates
 from dspark_jax.train.optimizer import make_optimizer
@@ -56,9 +57,8 @@ def make_job(
     target_id: np.ndarray,
 ) -> Job:
     """The target's weights and tables in the type of the computation, placed on the mesh."""
-    dtype = jnp.dtype(settings.compute_dtype)
     shardings = sharding.tree_shardings(mesh, loaded.params)
-    params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), loaded.params), shardings)
+    params = jax.device_put(in_type(loaded.params, settings.compute_dtype), shardings)
     frozen = frozen_tables(target, config, params, target_id)
     frozen = jax.device_put(frozen, sharding.tree_shardings(mesh, frozen))
     return Job(settings, config, target, source, mesh, params, frozen)
@@ -110,7 +110,7 @@ def draw_blocks(job: Job, batch: Batch, key: Any) -> Blocks:
 
     def draw(keys: Any, tokens: Any, loss_mask: Any, segment: Any) -> Blocks:
         settings = job.settings
-        rule, count = settings.loss.loss_preset, settings.max_anchors
+        rule, count = settings.loss.config().rule, settings.max_anchors
         return sample_blocks(keys, tokens, loss_mask, segment, count, job.config, rule)
 
     return jax.vmap(draw)(keys, batch.tokens, batch.loss_mask, batch.segment)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
-from dspark_jax.train.checkpoints import Checkpoints, Restored, Say
+from dspark_jax.train.checkpoints import Checkpoints, Say
 from dspark_jax.train.config_file import to_json
 from dspark_jax.train.data import Data
 from dspark_jax.train.loggers import MetricsLog
@@ -53,12 +55,13 @@ def train(
                 loop.advance()
                 loop.report(log, bar)
             loop.save_unsaved()
-        best = checkpoints.best()
-        if loop.number < settings.steps or best in (None, loop.number):
+        checkpoints.finish()
+        stopped = loop.number < settings.steps
+        best = None if stopped else checkpoints.restore_best(loop.state, loop.number)
+        if best is None:
             return Trained(loop.state.params, loop.number, loop.number)
-        say(f"step {best} was better in validation than the last one; its weights are taken")
-        params = checkpoints.restore(best, loop.state).state.params
-        return Trained(params, best, loop.number)
+        say(f"step {best.step} was better in validation than the last one; its weights are taken")
+        return Trained(best.state.params, best.step, loop.number)
 
 
 class Loop:
@@ -84,10 +87,12 @@ class Loop:
 
     def resume(self, say: Say) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        found = self.checkpoints.restore_latest(self.state)
+        output = self.job.settings.output
+        found = self.checkpoints.restore_latest(
+            self.state, lambda about: check_same(about, self.made_of, output)
+        )
         if found is None:
             return
-        check_same(found, self.made_of, self.job.settings.output)
         self.state, self.number = found.state, found.step
         self.tokens = self.tokens_before = found.about["tokens"]
         self.batches.set_state(found.about["position"])
@@ -108,22 +113,41 @@ class Loop:
         settings, number = self.job.settings, self.number
         last = number == settings.steps
         if number % LOG_EVERY == 0 or number == 1 or last:
-            means = self.recent.checked()
+            means = self.checked()
             speed = (self.tokens - self.tokens_before) / (time.monotonic() - self.started)
             record = {"step": number, "tokens": self.tokens, "tokens/s": speed} | means
             log.write(record)
             bar.show(number, settings.steps, record)
         if number % settings.keeping.save_every == 0 or last:
-            self.recent.checked()
+            self.checked()
+            self.check_weights()
             held_out = held_out_batches(settings, self.data)
             table = self.validate(self.state.params, held_out).table
             log.write_validation(number, table)
             self.save(table["mean_accepted_length"])
 
+    def checked(self) -> dict[str, float]:
+        """Means of the last step; ValueError when a loss was no number."""
+        return self.recent.checked(self.kept())
+
+    def check_weights(self) -> None:
+        """Raise ValueError when the last update left weights or optimizer without numbers."""
+        if not all_finite((self.state.params, self.state.opt_state)):
+            raise ValueError(
+                f"the weights are no numbers after step {self.number}; {self.kept()}. "
+                "Start over with --fresh and a lower --learning-rate, or another --output."
+            )
+
+    def kept(self) -> str:
+        """What is left of the run, for a message."""
+        saved = [step for step in self.checkpoints.scores if step < self.number]
+        return f"checkpoint {max(saved)} is kept" if saved else "no checkpoint was made before"
+
     def save_unsaved(self) -> None:
         """A checkpoint of a run that was stopped between two."""
-        self.recent.checked()
+        self.checked()
         if self.number not in self.checkpoints.scores:
+            self.check_weights()
             self.save(None)
 
     def save(self, score: float | None) -> None:
@@ -151,16 +175,19 @@ class Recent:
         documents = np.unique(packed.document[packed.document >= 0])
         self.steps.append((number, metrics, documents))
 
-    def checked(self) -> dict[str, float]:
-        """Means of the last step; ValueError at the first step whose loss is no number."""
+    def checked(self, kept: str) -> dict[str, float]:
+        """Means of the last step; ValueError at the first step whose loss is no number.
+
+        `kept` says in that message what is left of the run.
+        """
         totals: dict[str, Any] = {}
         for number, metrics, documents in self.steps:
             totals = jax.device_get(metrics)
             if not np.isfinite(totals["loss_sum"]):
                 raise ValueError(
                     f"the loss is {totals['loss_sum']} at step {number}, whose batch held rows "
-                    f"{', '.join(map(str, documents))} of the data; the last good checkpoint is "
-                    "kept. Lower --learning-rate, or look at these rows and their hidden states."
+                    f"{', '.join(map(str, documents))} of the data; {kept}. Look at these rows and "
+                    "their hidden states, or start over with --fresh and a lower --learning-rate."
                 )
         self.steps.clear()
         return means(totals)
@@ -172,10 +199,17 @@ def means(totals: dict[str, Any]) -> dict[str, float]:
     return {n: float(totals[f"{n}_sum"] / max(totals[f"{n}_total"], 1e-9)) for n in names}
 
 
-def check_same(found: Restored, made_of: dict[str, Any], output: Path) -> None:
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether every floating-point number of a tree is one."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))
+
+
+def check_same(about: dict[str, Any], made_of: dict[str, Any], output: Path) -> None:
     """Raise ValueError when a run would go on with other data or another target."""
     for name, value in made_of.items():
-        was = found.about.get(name)
+        was = about.get(name)
         if was != value:
             raise ValueError(
                 f"the {name.removesuffix('_sha256')} changed since the run in {output} began "

@@ -15,6 +15,9 @@ import pytest
 
 from dspark_jax.train.conversations import write_conversations
 from dspark_jax.train.loggers import read_records
+from dspark_jax.train.packing import Packed
+from dspark_jax.train.training import Recent
+from dspark_jax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -198,15 +201,23 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(shared: Path,
     assert curve(tmp_path) == curve(shared / "whole")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
-    shared: Path, tmp_path: Path
-):
+def test_weights_that_are_no_numbers_stop_the_run_and_are_never_saved(shared: Path, tmp_path: Path):
     code, out, err = finish(start(shared, tmp_path, "--learning-rate", 1e30, "--save-every", 1))
     assert code == 2, out + err
-    assert "error: the loss is " in err and "whose batch held rows" in err
-    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
-    bad = int(err.split("at step ")[1].split(",")[0])
-    assert kept and all(step < bad for step in kept)
+    assert "error: the weights are no numbers after step 1; no checkpoint was made before" in err
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_rows():
+    recent = Recent()
+    batch = Batch(*(np.zeros((1, 4), np.int32) for _ in Batch._fields))
+    for step, loss in ((7, 1.0), (8, float("nan"))):
+        recent.add(step, {"loss_sum": loss}, Packed(batch, np.array([[step, step, 2, -1]])))
+    with pytest.raises(ValueError) as raised:
+        recent.checked("checkpoint 6 is kept")
+    message = str(raised.value)
+    assert "the loss is nan at step 8, whose batch held rows 2, 8 of the data" in message
+    assert "checkpoint 6 is kept" in message
 
 
 @pytest.mark.slow

@@ -104,6 +104,47 @@ def test_whatever_file_is_damaged_the_newest_whole_checkpoint_is_found(tmp_path:
     assert skipped >= 8
 
 
+def halve(folder: Path) -> None:
+    for path, how in damages(folder):
+        if how == "half":
+            damage(path, how)
+
+
+def test_when_all_are_damaged_nothing_is_renamed_and_nothing_starts_over(tmp_path: Path):
+    filled(tmp_path, [1.0, 2.0])
+    for step in (1, 2):
+        halve(tmp_path / str(step) / "state")
+    checkpoints, said = reopened(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read .2: .*; 1: ") as raised:
+        checkpoints.restore_latest(state(0))
+    assert "start over with --fresh" in str(raised.value)
+    assert checkpoints.steps() == [1, 2] and not said
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next(tmp_path: Path):
+    filled(tmp_path, [2.0, 3.0, 1.0, 0.5], keep=4)
+    halve(tmp_path / "2" / "state")
+    checkpoints, said = reopened(tmp_path)
+    found = checkpoints.restore_best(state(0), 4)
+    assert_is(found, 1)
+    assert said[0].startswith("checkpoint 2 cannot be read and is skipped: ")
+
+
+def test_what_belongs_to_another_run_is_refused_and_stays(tmp_path: Path):
+    filled(tmp_path, [1.0, 2.0])
+    checkpoints, said = reopened(tmp_path)
+    wider = State({"a": jnp.zeros((60, 71)), "b": jnp.arange(5.0)}, jnp.int32(0))
+    with pytest.raises(ValueError, match="checkpoint 2 .* state of other shapes"):
+        checkpoints.restore_latest(wider)
+
+    def other(about: dict[str, Any]) -> None:
+        raise ValueError(f"another run was at {about['position']}")
+
+    with pytest.raises(ValueError, match="another run was at 2"):
+        checkpoints.restore_latest(state(0), other)
+    assert checkpoints.steps() == [1, 2] and not said
+
+
 def test_an_incomplete_checkpoint_is_skipped_with_a_line_that_says_so(tmp_path: Path):
     filled(tmp_path, [1.0])
     (tmp_path / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)

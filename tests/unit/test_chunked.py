@@ -122,5 +122,7 @@ def test_an_untrained_slot_costs_nothing_even_where_its_logits_are_no_numbers():
     trained, given = inputs()
     broken = trained._replace(hidden=trained.hidden.at[0, 0, 0].set(jnp.inf))
     given = given._replace(mask=given.mask.at[0, 0, 0].set(False))
-    (value, slots), _ = evaluate(ALL_TERMS, broken, given)
+    (value, slots), gradient = evaluate(ALL_TERMS, broken, given)
     assert jnp.isfinite(value) and isinstance(slots, SlotValues)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    assert not jnp.any(gradient.hidden[0, 0, 0])
