@@ -123,6 +123,7 @@ class Loop:
             self.check_weights()
             held_out = held_out_batches(settings, self.data)
             table = self.validate(self.state.params, held_out).table
+            self.check_table(table)
             log.write_validation(number, table)
             self.save(table["mean_accepted_length"])
 
@@ -135,6 +136,14 @@ class Loop:
         if not all_finite((self.state.params, self.state.opt_state)):
             raise ValueError(
                 f"the weights are no numbers after step {self.number}; {self.kept()}. "
+                "Start over with --fresh and a lower --learning-rate, or another --output."
+            )
+
+    def check_table(self, table: dict[str, Any]) -> None:
+        """Raise ValueError when validation gave no numbers: such weights are worth nothing."""
+        if table["loss"] is not None and not np.isfinite(table["loss"]):
+            raise ValueError(
+                f"the validation loss is {table['loss']} after step {self.number}; {self.kept()}. "
                 "Start over with --fresh and a lower --learning-rate, or another --output."
             )
 

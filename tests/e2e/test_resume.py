@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -204,13 +205,13 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(shared: Path,
 def test_weights_that_are_no_numbers_stop_the_run_and_are_never_saved(shared: Path, tmp_path: Path):
     code, out, err = finish(start(shared, tmp_path, "--learning-rate", 1e30, "--save-every", 1))
     assert code == 2, out + err
-    assert "error: the weights are no numbers after step 1; no checkpoint was made before" in err
+    assert "error: the validation loss is nan after step 1; no checkpoint was made before" in err
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_loss_that_is_no_number_names_its_step_and_rows():
     recent = Recent()
-    batch = Batch(*(np.zeros((1, 4), np.int32) for _ in Batch._fields))
+    batch = Batch(*(jnp.zeros((1, 4), jnp.int32) for _ in Batch._fields))
     for step, loss in ((7, 1.0), (8, float("nan"))):
         recent.add(step, {"loss_sum": loss}, Packed(batch, np.array([[step, step, 2, -1]])))
     with pytest.raises(ValueError) as raised:
