@@ -78,7 +78,10 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def check_wandb() -> None:
-    """Raise ValueError when Weights & Biases would ask for a key; nothing is verified online."""
+    """Raise ValueError when Weights & Biases would ask for a key, or one has the wrong form.
+
+    Whether the server takes the key is not asked; without a network a key counts as one.
+    """
     import wandb
 
     advice = "run `wandb login`, or set WANDB_MODE=offline to keep the numbers on this machine"
