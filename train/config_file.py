@@ -33,15 +33,12 @@ def read_config(path: Path) -> TrainSettings:
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # slow to import
 
     path = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"config {path} cannot be read: {error}.") from error
+    values = _object(path)
     strict = ConfigDict(extra="forbid")
     for kind in (TrainSettings, *_groups()):
         kind.__pydantic_config__ = strict  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        return TypeAdapter(TrainSettings).validate_python(values)
+        return TypeAdapter(TrainSettings).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -51,23 +48,41 @@ def read_config(path: Path) -> TrainSettings:
                 f"{_suggestion(name.split('.')[-1])}."
             ) from None
         raise ValueError(
-            f"config {path} has {name or 'no object'} = {first['input']!r}: {first['msg']}."
+            f"config {path} has {name or 'a value'} = {first['input']!r}: {first['msg']}."
         ) from None
 
 
 def differences(ours: TrainSettings, path: Path) -> list[str]:
-    """One line for every setting in which a folder's config.json differs from this run's."""
+    """One line for every setting in which a folder's config.json differs from this run's.
+
+    What it lacks has its default there, as in `read_config`.
+    """
     try:
-        theirs = json.loads(path.read_text())
+        theirs = _object(path)
     except ValueError as error:
-        return [f"{path} cannot be read: {error}"]
-    left, right = _flat(to_json(ours)), _flat(theirs)
+        return [str(error).rstrip(".")]
+    left, right, default = _flat(to_json(ours)), _flat(theirs), _flat(to_json(TrainSettings()))
     names = [n for n in sorted(left | right) if n.split(".")[0] not in NOT_COMPARED]
-    return [
-        f"{name} is {left.get(name)} here and {right.get(name)} there"
+    found = [
+        f"{name} is {left[name] if name in left else 'no setting'} here and {right[name]} there"
         for name in names
-        if left.get(name) != right.get(name)
+        if name in right and (name not in left or left[name] != right[name])
     ]
+    lacking = [n for n in names if n not in right and left[n] != default[n]]
+    return found + ([f"{path} lacks {', '.join(lacking)}"] if lacking else [])
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"config {path} cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"config {path} holds a {type(values).__name__}, not an object; give the config.json "
+            "of a run."
+        )
+    return values
 
 
 def _groups() -> list[type]:

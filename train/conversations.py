@@ -29,6 +29,7 @@ def read_conversations(path: Path) -> list[Example]:
     {"conversations": [{"from": "human", "value": …}, …]}, ShareGPT's;
     {"messages": [{"role": …, "content": …}, …], "tools": […]}, OpenAI's;
     {"input_ids": [int, …], "loss_mask": [0 or 1, …]}, tokens.
+    Answers before the first question or system turn are left out and counted in `unasked`.
     Raises ValueError with file and line.
     """
     if not path.exists():
@@ -116,6 +117,11 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(
                     f"{where} is not JSON: {error}; write one object a line."
                 ) from None
+            except RecursionError:
+                raise ValueError(
+                    f"{where} is nested too deeply to be read; write one object of flat turns a "
+                    "line."
+                ) from None
 
 
 def _example(where: str, value: Any) -> Example:
@@ -130,9 +136,15 @@ def _example(where: str, value: Any) -> Example:
             '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}.'
         )
     messages, untrained = messages_of(where, turns, value.get("system"))
-    if messages[0]["role"] == "assistant":
-        raise ValueError(f"{where} begins with an answer; begin with a human or system turn.")
-    return Conversation(messages, tools_of(where, value.get("tools")), untrained, where)
+    asked = (i for i, m in enumerate(messages) if m["role"] in ("user", "system"))
+    begin = next(asked, len(messages))
+    return Conversation(
+        messages[begin:],
+        tools_of(where, value.get("tools")),
+        frozenset(i - begin for i in untrained if i >= begin),
+        where,
+        unasked=begin,
+    )
 
 
 def _tokenised(where: str, value: Mapping[str, Any]) -> Tokenised:

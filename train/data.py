@@ -1,7 +1,7 @@
 """A run's data: the user's conversations, or prompts the target answers itself; then token rows."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from dspark_jax.train.conversations import (
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.regenerate import regenerate
 from dspark_jax.train.settings import TrainSettings
+from dspark_jax.train.tokenise import Conversation
 from dspark_jax.types import Target
 
 
@@ -24,13 +25,16 @@ class Data(NamedTuple):
     """Rows to train on, rows to measure on, and held-out prompts to serve.
 
     A row's number, which names its hidden-state file too, counts through `train` and on through
-    `held_out`. `sha256` is of all of them: whether a resumed run still has its data.
+    `held_out`. `sha256` is of all of them: whether a resumed run still has its data. `unasked`
+    counts the conversations that began with an answer, `skipped` those of them with no other.
     """
 
     train: list[Row]
     held_out: list[Row]
     prompts: list[np.ndarray]
     sha256: str
+    unasked: int = 0
+    skipped: int = 0
 
 
 def load_data(
@@ -64,15 +68,32 @@ def load_data(
         what = f"{what} conversations of {source}"
         rows.append(tokenise_all(loaded.tokenizer, examples, what))
         check_trainable(rows[-1], settings.sequence_length - settings.draft.block_size, what)
-    prompts = [p for example in held_out for p in asked(loaded.tokenizer, example)]
-    prompts = [p for p in prompts if len(p) <= settings.prompt_tokens]
+    prompts = servable(loaded.tokenizer, held_out, settings.prompt_tokens, source)
+    prompts = prompts[: settings.keeping.serve_prompts]
+    unasked = [e for e in [*train, *held_out] if isinstance(e, Conversation) and e.unasked]
+    skipped = sum(all(m["role"] != "assistant" for m in e.messages) for e in unasked)
+    return Data(*rows, prompts, fingerprint(rows[0] + rows[1]), len(unasked), skipped)
+
+
+def servable(
+    tokenizer: Any, held_out: Sequence[Example], longest: int, source: str
+) -> list[np.ndarray]:
+    """The prompts of at most `longest` tokens; ValueError when there are none."""
+    prompts = [p for example in held_out for p in asked(tokenizer, example)]
     if not prompts:
         raise ValueError(
-            f"none of {len(held_out)} held-out conversations of {source} has a prompt of at most "
-            f"{settings.prompt_tokens} tokens to serve; raise --prompt-tokens."
+            f"none of {len(held_out)} held-out conversations of {source} has a prompt before its "
+            "first answer, so there is nothing to serve; let the last ones begin with a human turn "
+            "(rows of input_ids with tokens that are not trained)."
         )
-    prompts = prompts[: settings.keeping.serve_prompts]
-    return Data(rows[0], rows[1], prompts, fingerprint(rows[0] + rows[1]))
+    fit = [p for p in prompts if len(p) <= longest]
+    if not fit:
+        raise ValueError(
+            f"none of {len(held_out)} held-out conversations of {source} has a prompt of at most "
+            f"{longest} tokens to serve; raise --prompt-tokens (the shortest has "
+            f"{min(map(len, prompts))})."
+        )
+    return fit
 
 
 def asked(tokenizer: Any, example: Example) -> list[np.ndarray]:
@@ -97,7 +118,7 @@ def fingerprint(rows: Iterable[Row]) -> str:
 
 
 def describe(data: Data, sequence_length: int) -> str:
-    """One line on what is trained on, and on what `sequence_length` cuts off."""
+    """One line on what is trained on, and on what is left out or cut off by `sequence_length`."""
     rows = data.train
     tokens = sum(len(row.tokens) for row in rows)
     answers = sum(int(row.loss_mask.sum()) for row in rows)
@@ -105,6 +126,11 @@ def describe(data: Data, sequence_length: int) -> str:
         f"data: {len(rows):,} training rows of {tokens:,} tokens, {answers / tokens:.0%} of them "
         f"answers to train on; {len(data.held_out):,} rows held out"
     )
+    if data.unasked:
+        text += (
+            f"; {data.unasked:,} conversations began with an answer, which is left out "
+            f"({data.skipped:,} had no other and are skipped)"
+        )
     long = [row for row in rows if len(row.tokens) > sequence_length]
     if not long:
         return text

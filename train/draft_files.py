@@ -47,6 +47,7 @@ def save_draft(
     """Write config.json and model.safetensors (bfloat16) under the speculators names.
 
     The folder appears whole or not at all. `target_sha256` ties it to its target's weights.
+    Raises OSError when it cannot be written.
     """
     drafter = nnx.merge(draft_graphdef(config), params)
     tensors = {
@@ -61,15 +62,23 @@ def save_draft(
     described = config_to_json(config, target.folder.name, made_for, "bfloat16")
     described["target_sha256"] = target_fingerprint(target.folder)
     partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "model.safetensors").chmod(0o644)
-    (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_files(partial, described, tensors)
     if folder.exists():
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
     partial.rename(folder)
+
+
+def write_files(folder: Path, described: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Write config.json and model.safetensors; OSError names the folder, as on a full disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"draft {folder} cannot be written: {error}") from error
 
 
 def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np.ndarray]:

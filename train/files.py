@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,10 +111,22 @@ def mask_token(target: LoadedTarget) -> int:
 
 
 def target_fingerprint(folder: Path) -> str:
-    """SHA-256 over a target's weights and config: what a draft was made for."""
+    """SHA-256 over a target's weights and config: what a draft was made for.
+
+    Files that have not changed are read once a process.
+    """
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    found = [(path, path.stat()) for path in paths]
+    return _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found))
+
+
+@cache
+def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of all files together; their sizes and times only tell changed ones apart."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.read_bytes())
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -135,7 +148,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object; ValueError says which file is missing or broken."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} {path.parent} has no readable {path.name}: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(

@@ -74,7 +74,12 @@ class StoredStates:
                 check_header(self.files, number, row)
             except ValueError as error:
                 self.skip(number, error)
-        good = next(n for n in range(len(self.rows)) if self.read(n) is not None)
+        good = next((n for n in range(len(self.rows)) if self.read(n) is not None), None)
+        if good is None:
+            raise ValueError(
+                f"none of {len(self.rows)} hidden-state files in {self.files.folder} can be used; "
+                "make them from this data with this target, or leave --hidden-states out."
+            )
         compare(self.files, good, self.rows[good], target, params)
 
     def fetch(self, packed: Packed) -> tuple[Packed, TargetStates]:

@@ -63,7 +63,7 @@ KINDS = {"tensorboard": (TensorBoard, "tensorboardX"), "wandb": (WandB, "wandb")
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise ValueError when a logger's package is not installed, before anything expensive."""
+    """Raise ValueError when a logger cannot work, before anything expensive."""
     from importlib.util import find_spec
 
     for name in names:
@@ -73,6 +73,27 @@ def check_loggers(names: Sequence[str]) -> None:
                 f"--loggers {name} needs the package {package}, which is not installed; "
                 f"pip install 'dspark-jax[{name}]'."
             )
+    if "wandb" in names:
+        check_wandb()
+
+
+def check_wandb() -> None:
+    """Raise ValueError when Weights & Biases would ask for a key, or one has the wrong form.
+
+    Whether the server takes the key is not asked; without a network a key counts as one.
+    """
+    import wandb
+
+    advice = "run `wandb login`, or set WANDB_MODE=offline to keep the numbers on this machine"
+    try:
+        if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+            return
+        known = wandb.login(prompt=False, verify=False)
+    except (wandb.Error, ValueError) as error:  # a key, or an environment variable, of no use
+        said = " ".join(str(error).split())
+        raise ValueError(f"--loggers wandb cannot be used: {said} To mend it, {advice}.") from error
+    if not known:
+        raise ValueError(f"--loggers wandb finds no API key; {advice}.")
 
 
 class MetricsLog:

@@ -127,3 +127,5 @@ def _from_json(where: str, what: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} has a {what} that is not JSON: {error}.") from None
+    except RecursionError:
+        raise ValueError(f"{where} has a {what} nested too deeply to be read.") from None

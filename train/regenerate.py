@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +78,28 @@ def complete(
         yield len(texts), 0
         return
     partial_path = unfinished(path)
-    kept = whole_batches(partial_path)
-    yield len(kept), 0
-    with partial_path.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        for conversations, tokens in make(first=len(kept)):
+    kept = keep_whole_batches(partial_path)
+    yield kept, 0
+    with partial_path.open("a", encoding="utf-8") as file:
+        for conversations, tokens in make(first=kept):
             file.writelines(map(conversation_line, conversations))
             file.flush()
             yield len(conversations), tokens
     os.replace(partial_path, path)
 
 
-def whole_batches(path: Path) -> list[str]:
-    """The lines of the batches that an unfinished file holds whole."""
+def keep_whole_batches(path: Path) -> int:
+    """Cut an unfinished file off after its last whole batch; the number of conversations left.
+
+    Nothing kept is written again, so that a run killed here loses none of it.
+    """
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [line + "\n" for line in islice(lines, len(lines) // BATCH * BATCH)]
+        return 0
+    with path.open("r+b") as file:
+        lines = [len(line) for line in file if line.endswith(b"\n")]
+        kept = len(lines) // BATCH * BATCH
+        file.truncate(sum(lines[:kept]))
+    return kept
 
 
 def unfinished(path: Path) -> Path:

@@ -11,13 +11,15 @@ Messages = list[dict[str, Any]]
 class Conversation(NamedTuple):
     """Turns and tools as chat templates take them; the answers in `untrained` are only read.
 
-    `where` is the file and line it came from.
+    `where` is the file and line it came from. `unasked` counts the turns left out at its beginning
+    because they answer nothing.
     """
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None
     untrained: frozenset[int] = frozenset()
     where: str = ""
+    unasked: int = 0
 
 
 class Row(NamedTuple):

@@ -51,7 +51,7 @@ def changed_target(tmp_path: Path, **changes: object) -> Path:
         ([GOOD, '{"text": "no turns"}'], "line 2 has no list"),
         ([GOOD, '{"conversations": [{"from": "robot", "value": "x"}]}'], "role 'robot'"),
         ([GOOD, '{"conversations": [{"from": ["x"], "value": "y"}]}'], "line 2 has a turn"),
-        ([GOOD, '{"messages": [{"role": "assistant", "content": "y"}]}'], "line 2 begins with"),
+        ([GOOD, '{"messages": [{"role": "assistant", "content": "y"}]}'], "held-out conversations"),
         ([ODD_LINE_ENDS, "{broken"], "line 2 is not JSON"),
         ([QUESTION, QUESTION], "has a trainable token"),
         ([QUESTION] * 9 + [GOOD], "training conversations"),

@@ -65,6 +65,10 @@ def test_settings_that_change_nothing_learnt_may_change(tmp_path: Path):
     [
         ({"stepz": 3}, "'stepz' that does not exist; did you mean 'steps'"),
         ({"steps": "many"}, "steps = 'many'"),
+        ({"steps": True}, "steps = True"),
+        ({"seed": 1.0}, "seed = 1.0"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing = 1"),
+        ({"optimizer": {"learning_rate": False}}, "optimizer.learning_rate = False"),
         ({"loss": {"loss_preset": "mine"}}, "loss.loss_preset = 'mine'"),
         ({"loss": {"loss_weights": {"cee": 1.0}}}, "loss.loss_weights"),
         ({"mesh": {"fully_sharded": 0}}, "fully_sharded is 0"),
@@ -80,3 +84,32 @@ def test_a_mistake_is_named(change: dict[str, Any], message: str, tmp_path: Path
 def test_a_missing_config_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match="config .*nowhere.json cannot be read"):
         read_config(tmp_path / "nowhere.json")
+
+
+def test_a_whole_number_will_do_for_a_real_one(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"optimizer": {"learning_rate": 1}, "output": "there"}')
+    settings = read_config(tmp_path)
+    assert settings.optimizer.learning_rate == 1.0 and settings.output == Path("there")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{", "[" * 10**5])
+def test_what_is_no_object_is_one_sentence(text: str, tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"config {path} ") as raised:
+        read_config(path)
+    (found,) = differences(PRESETS["tiny"], path)
+    assert str(raised.value) == f"{found}." and "\n" not in found
+
+
+def test_what_an_older_file_lacks_has_its_default_there(tmp_path: Path):
+    path = tmp_path / "config.json"
+    settings = dataclasses.replace(TrainSettings(), accumulate=2, seed=3)
+    values = to_json(settings)
+    del values["accumulate"], values["bad_states"], values["loss"], values["output"]
+    path.write_text(json.dumps(values | {"seed": 0, "dropped_since": 1}))
+    assert differences(settings, path) == [
+        "dropped_since is no setting here and 1 there",
+        "seed is 3 here and 0 there",
+        f"{path} lacks accumulate",
+    ]

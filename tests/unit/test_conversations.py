@@ -14,7 +14,7 @@ from dspark_jax.train.conversations import (
     tokenise_all,
     write_conversations,
 )
-from dspark_jax.train.data import asked
+from dspark_jax.train.data import asked, servable
 from dspark_jax.train.files import embedded, load_tokenizer
 from dspark_jax.train.tokenise import Conversation, Row, tokenise
 
@@ -271,12 +271,45 @@ def turn(**changes: Any) -> dict[str, Any]:
         (turn(content="x") | {"tools": ["f"]}, "tools of type list"),
         ({"messages": chat("a") + [{"role": ["x"], "content": "y"}]}, r"role \['x'\]"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is not JSON"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "begins with an answer"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_file_and_line(tmp_path: Path, line: Any, said: str):
     with pytest.raises(ValueError, match=f"data.jsonl line 2 .*{said}"):
         read(tmp_path, {"messages": chat("a", "b")}, line)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_a_line_nested_without_end_is_named_with_file_and_line(tmp_path: Path, opening: str):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": chat("a", "b")}) + "\n" + opening * 10**5)
+    with pytest.raises(ValueError, match="data.jsonl line 2 is nested too deeply"):
+        read_conversations(path)
+    with pytest.raises(ValueError, match="data.jsonl line 1 has a tools nested too deeply"):
+        read(tmp_path, turn(content="x") | {"tools": opening * 10**5})
+
+
+def test_answers_before_the_first_question_are_left_out_and_counted(tokenizer: Any, tmp_path: Path):
+    share = [
+        {"from": "gpt", "value": "zero"},
+        {"from": "observation", "value": "nil"},
+        {"from": "gpt", "value": "none", "loss": False},
+        {"from": "human", "value": "one"},
+        {"from": "gpt", "value": "two", "loss": False},
+        {"from": "human", "value": "three"},
+        {"from": "gpt", "value": "four"},
+    ]
+    alone = {"messages": [{"role": "assistant", "content": "x"}]}
+    system = {
+        "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "y"}]
+    }
+    lines = ({"conversations": share}, alone, {"messages": chat("a", "b")}, system)
+    examples = read(tmp_path, *lines)
+    assert [example.unasked for example in examples] == [3, 1, 0, 0]
+    assert parts(tokenizer, tokenise_all(tokenizer, examples, "lines"))[0] == [
+        "<|user|>one<|assistant|>two<|endoftext|><|user|>three<|assistant|>",
+        "four<|endoftext|>",
+    ]
+    assert [len(tokenise(tokenizer, example)) for example in examples] == [1, 0, 1, 1]
 
 
 def test_what_is_written_is_read_back(tmp_path: Path):
@@ -310,6 +343,21 @@ def test_what_is_asked_is_the_first_question_or_the_tokens_before_the_first_trai
     found = [asked(tokenizer, example) for example in examples]
     assert tokenizer.decode(found[0][0]) == "<|user|>one<|assistant|>"
     assert found[1][0].tolist() == [5, 6] and found[2:] == [[], []]
+
+
+def test_held_out_rows_that_cannot_be_served_are_told_apart(tokenizer: Any, tmp_path: Path):
+    answered = {"input_ids": [5, 6], "loss_mask": [1, 0]}
+    alone = {
+        "messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]
+    }
+    long = {"input_ids": [5] * 9, "loss_mask": [0] * 7 + [1, 1]}
+    with pytest.raises(
+        ValueError, match="none of 2 held-out .* of X has a prompt before its first"
+    ):
+        servable(tokenizer, read(tmp_path, answered, alone), 128, "X")
+    with pytest.raises(ValueError, match="at most 6 tokens .* --prompt-tokens .the shortest has 7"):
+        servable(tokenizer, read(tmp_path, answered, long), 6, "X")
+    assert len(servable(tokenizer, read(tmp_path, answered, alone, long), 7, "X")) == 1
 
 
 def test_rows_without_a_trained_token_within_reach_are_refused():

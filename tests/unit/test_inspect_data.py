@@ -72,6 +72,10 @@ def test_the_description_counts_answers_and_what_is_cut():
     assert describe(data, 8).endswith(
         "--sequence-length 8 cuts 1 training rows, which lose 2 (20.0%) of the answer tokens"
     )
+    assert describe(data._replace(unasked=3, skipped=1), 10).endswith(
+        "1 rows held out; 3 conversations began with an answer, which is left out "
+        "(1 had no other and are skipped)"
+    )
 
 
 def test_the_fingerprint_sees_tokens_masks_and_borders():

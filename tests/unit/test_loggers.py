@@ -1,13 +1,18 @@
 """Numbers go to metrics.jsonl always, and to TensorBoard and Weights & Biases as they read them."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspark_jax.train.loggers import MetricsLog, check_loggers, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def record(step: int) -> dict[str, Any]:
@@ -75,6 +80,41 @@ def test_a_logger_that_is_not_installed_is_refused_at_once(monkeypatch: pytest.M
         ValueError, match=r"needs the package wandb.*pip install 'dspark-jax\[wandb"
     ):
         check_loggers(["wandb"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "--loggers wandb finds no API key; run `wandb login`, or set WANDB_MODE=offline"),
+        ({"WANDB_API_KEY": "short"}, "--loggers wandb cannot be used: WANDB_API_KEY invalid"),
+        ({"WANDB_MODE": "nowhere"}, "--loggers wandb cannot be used: "),
+        ({"WANDB_API_KEY": "a" * 40}, ""),
+        ({"WANDB_MODE": "offline"}, ""),
+    ],
+)
+def test_weights_and_biases_without_a_key_is_refused_at_once(
+    variables: dict[str, str], said: str, tmp_path: Path
+):
+    code = """
+from dspark_jax.train.loggers import check_loggers
+try:
+    check_loggers(["wandb"])
+except ValueError as error:
+    print("said:", error)
+"""
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SILENT": "true"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=kept | home | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"said: {said}") if said else not done.stdout
+    assert len(done.stdout.splitlines()) <= 1
 
 
 def test_every_line_is_json_of_its_own(tmp_path: Path):

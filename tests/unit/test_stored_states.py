@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dspark_jax.targets.families import make_target, read_config
 from dspark_jax.train.conversations import Row
+from dspark_jax.train.files import embedded, read_json
 from dspark_jax.train.hidden_states import Files, StoredStates, check_header
 from dspark_jax.train.packing import pack
 
 A, D, ROWS = 2, 4, 10
+SHAPE = read_json(embedded("tiny-glm") / "config.json", "target")
 
 
 def rows() -> list[Row]:
@@ -70,3 +73,11 @@ def test_too_many_broken_files_end_the_run(tmp_path: Path):
     with pytest.raises(ValueError, match="2 of 10 files are broken, more than bad_states 10%"):
         for packed in pack(rows(), 32, 2, None):
             states.fetch(packed)
+
+
+def test_no_usable_file_at_all_is_said_even_when_all_may_be_broken(tmp_path: Path):
+    states, said = stored(tmp_path, dict.fromkeys(range(ROWS), "missing"), 1.0)
+    target = make_target(read_config(SHAPE, aux_layer_ids=(1, 2)))
+    with pytest.raises(ValueError, match=f"none of 10 hidden-state files in {tmp_path} can be"):
+        states.check(target, None)
+    assert len(said) == ROWS

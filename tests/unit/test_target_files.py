@@ -1,0 +1,29 @@
+"""A target's fingerprint: of all its bytes, read once, and again only when a file has changed."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from dspark_jax.train.files import read_json, target_fingerprint
+
+
+def test_the_fingerprint_is_of_all_bytes_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, text in (("config.json", b"{}"), ("b.safetensors", b"2"), ("a.safetensors", b"1")):
+        (tmp_path / name).write_bytes(text)
+    assert target_fingerprint(tmp_path) == hashlib.sha256(b"{}12").hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", None)
+        assert target_fingerprint(tmp_path) == hashlib.sha256(b"{}12").hexdigest()
+    (tmp_path / "a.safetensors").write_bytes(b"3")
+    os.utime(tmp_path / "a.safetensors", ns=(0, 0))
+    assert target_fingerprint(tmp_path) == hashlib.sha256(b"{}32").hexdigest()
+
+
+def test_json_nested_without_end_is_one_sentence(tmp_path: Path):
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=f"target {tmp_path} has no readable config.json"):
+        read_json(tmp_path / "config.json", "target")
