@@ -104,7 +104,7 @@ def scripted_draft() -> Draft:
 @lru_cache
 def target_params() -> Any:
     """Weights wide enough that the next token depends on much and answers do not soon repeat."""
-    params = init_params(GLM, 5)
+    params = init_params(GLM, 7)
     return jax.tree.map(lambda x: jnp.where(x == 1, x, 12 * x), params)
 
 
