@@ -6,9 +6,11 @@ from pathlib import Path
 
 import tyro
 
+from dspark_jax.train.command_line import command
 from dspark_jax.train.config_file import read_config
 from dspark_jax.train.presets import PRESETS
 from dspark_jax.train.settings import Command
+from dspark_jax.train.stopping import Stop, Stopped, stoppable
 
 
 def parse(arguments: list[str]) -> Command:
@@ -33,22 +35,32 @@ def parse(arguments: list[str]) -> Command:
 def main() -> int:
     """Exit code 0; 1 when the proof failed; 2 with one sentence for what the user can mend.
 
-    Training that is stopped by Ctrl-C or SIGTERM saves what it has and ends with 0.
+    What Ctrl-C or SIGTERM stops has saved what it has and ends with 0; the second one in the same
+    step does not wait for it to save and ends with 130.
     """
-    arguments = sys.argv[1:]
+    with stoppable() as stop:
+        return outcome(sys.argv[1:], stop)
+
+
+def outcome(arguments: list[str], stop: Stop) -> int:
+    """Run, and say in one line why it ended early."""
+    stop.command = command(arguments)
     try:
-        command = parse(arguments)
+        given = parse(arguments)
         from dspark_jax.train.run import run  # jax is imported only once the flags are right
 
-        return 0 if run(command, arguments) else 1
+        return 0 if run(given, arguments) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}; once that is mended, the same command goes on.", file=sys.stderr)
+        print(f"error: {error}; once that is mended, go on: {stop.command}", file=sys.stderr)
         return 2
+    except Stopped:
+        print(stop.line())
+        return 0
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print(stop.line(), file=sys.stderr)
         return 130
 
 

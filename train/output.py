@@ -1,28 +1,33 @@
 """The folder of a run: one run at a time, and no run over another's results."""
 
+import dataclasses
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dspark_jax.train.config_file import differences, write_config
-from dspark_jax.train.settings import Command
+from dspark_jax.train.settings import Command, TrainSettings
 
 RESULTS = ("checkpoints", "draft", "metrics.jsonl", "tensorboard", "wandb", "wandb_run")
 REPORTS = ("report.json", "report.md", "loss.png", "acceptance.png", "confidence.png")
+ANSWERS = ("recipe.json", "train.jsonl", "held_out.jsonl")
+MAY_DIFFER = ("data", "target", "hidden_states", "mesh")
+"""Settings that may change when a run goes on: of the files it is what they hold that is compared,
+when they are read; devices change neither loss nor gradient."""
 
 
 @contextmanager
-def claimed(given: Command) -> Iterator[None]:
-    """Take the output folder for this run, and hold it while inside.
+def claimed(given: Command) -> Iterator[TrainSettings]:
+    """Take the output folder for this run, and hold it while inside; yields the settings.
 
     Raises ValueError when it cannot be made, when another process holds it, and when it holds a
-    run of other settings, or any with `--no-resume`; `--fresh` removes that run's results instead.
-    Regenerated answers stay, they are used again where they fit.
+    run of other settings, or any with `--no-resume`. Nothing in it is changed before `begin`.
     """
-    settings, output = given.settings, given.settings.output
+    output = given.settings.output
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("a+")
@@ -35,31 +40,80 @@ def claimed(given: Command) -> Iterator[None]:
             raise ValueError(
                 f"another process is training in {output}; wait for it or give another --output."
             ) from None
-        config = output / "config.json"
-        if given.fresh:
-            for name in (*RESULTS, *REPORTS):
-                remove(output / name)
-        elif config.exists() and any((output / name).exists() for name in RESULTS):
-            if not given.resume:
-                raise ValueError(
-                    f"{output} holds a run and --no-resume is given; leave that out to go on with "
-                    "it, give another --output, or --fresh to start over."
-                )
-            found = differences(settings, config)
-            if found:
-                raise ValueError(
-                    f"{output} holds a run of other settings: {'; '.join(found)}. Give the same "
-                    "settings to go on, another --output, or --fresh to start over."
-                )
-        write_config(settings, config)
-        yield
+        if holds_run(output) and not given.fresh:
+            check_same_run(given)
+        yield given.settings
+
+
+@contextmanager
+def untouched(given: Command) -> Iterator[TrainSettings]:
+    """For `--inspect-data`: settings whose output folder is no run's; it takes the answers.
+
+    That is the given one while no run is in it, else a temporary one that begins with its answers.
+    """
+    settings = given.settings
+    if settings.data is not None:
+        yield settings
+    elif not holds_run(settings.output):
+        with claimed(given):
+            yield settings
+    else:
+        with TemporaryDirectory() as folder:
+            answers = Path(folder, "data")
+            answers.mkdir()
+            for name in ANSWERS:
+                with suppress(FileNotFoundError):
+                    shutil.copy(settings.output / "data" / name, answers)
+            yield dataclasses.replace(settings, output=Path(folder))
+
+
+def begin(given: Command) -> None:
+    """Write config.json; with `--fresh`, first delete the results of the run that is there.
+
+    Regenerated answers stay, they are used again where they fit.
+    """
+    output = given.settings.output
+    if given.fresh:
+        for name in (*RESULTS, *REPORTS):
+            remove(output / name)
+    write_config(given.settings, output / "config.json")
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    found = any((output / name).exists() for name in RESULTS)
+    return found and (output / "config.json").exists()
+
+
+def check_same_run(given: Command) -> None:
+    """Raise ValueError unless the run in the output folder can go on with these settings."""
+    output = given.settings.output
+    if not given.resume:
+        raise ValueError(
+            f"{output} holds a run and --no-resume is given; leave that out to go on with "
+            "it, give another --output, or --fresh to start over."
+        )
+    lines = differences(given.settings, output / "config.json")
+    found = [line for line in lines if line.split(" ")[0].split(".")[0] not in MAY_DIFFER]
+    if found:
+        raise ValueError(
+            f"{output} holds a run of other settings: {'; '.join(found)}. Give the same "
+            "settings to go on, another --output, or --fresh to start over."
+        )
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder that may not be there."""
-    if path.is_dir():
-        gone = path.with_name(path.name + ".deleted")
+    """Rename, then delete, so that a kill leaves no half of it under its name; links are cut."""
+    gone = path.with_name(path.name + ".deleted")
+    delete(gone)
+    with suppress(FileNotFoundError):
         os.replace(path, gone)
-        shutil.rmtree(gone)
+    delete(gone)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder that may not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.targets.families import make_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.checks import check_batch, check_settings
+from dspark_jax.train.command_line import command, going_on
 from dspark_jax.train.conversations import read_conversations
 from dspark_jax.train.data import Data, describe, frequent_ids, load_data
 from dspark_jax.train.draft_files import WarmStart, save_draft, warm_start
@@ -27,14 +28,15 @@ from dspark_jax.train.files import (
 )
 from dspark_jax.train.inspect_data import inspect
 from dspark_jax.train.loggers import read_records
-from dspark_jax.train.output import claimed
+from dspark_jax.train.output import begin, claimed, untouched
 from dspark_jax.train.presets import draft_config
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.proof import holds, prove
 from dspark_jax.train.report import write_report
 from dspark_jax.train.settings import Command, TrainSettings
-from dspark_jax.train.summary import closing, command, machine, summary
-from dspark_jax.train.trainer import init_state, make_job
+from dspark_jax.train.stopping import Stop, Stopped, stoppable, stopping
+from dspark_jax.train.summary import closing, machine, summary
+from dspark_jax.train.trainer import Job, TrainState, init_state, make_job
 from dspark_jax.train.training import Trained, train
 from dspark_jax.train.transformers_speed import measure_transformers
 from dspark_jax.types import Target
@@ -46,7 +48,8 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
     """Train a draft and prove what it is worth; everything lands in the output folder.
 
     `arguments` are the command line's, for the closing line. A run that is stopped can be given
-    again and goes on. False when the proof failed.
+    again and goes on. False when the proof failed. Raises Stopped when a signal came; the Stop says
+    what is kept.
     """
     settings, console = given.settings, Console(soft_wrap=True)
     check_settings(settings)
@@ -59,10 +62,13 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
         make_mesh(settings.mesh, settings.batch_rows // settings.accumulate),
     )
     check_batch(settings, mesh)
-    with claimed(given):
+    place = untouched if given.inspect_data else claimed
+    with stoppable() as stop, place(given) as where:
         console.print(summary(loaded, start, config, mesh))
+        if where.data is None and where.output == settings.output:
+            stop.where = f"before training, answers made so far are kept in {where.output / 'data'}"
         with Bar(console, "answers", ("tokens/s",)) as bar:
-            data = load_data(settings, target, loaded, examples, partial(report_answers, bar))
+            data = load_data(where, target, loaded, examples, partial(report_answers, bar))
         console.print(describe(data, settings.sequence_length))
         if given.inspect_data:
             inspect(data.train, loaded.tokenizer, console)
@@ -76,17 +82,36 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
             "data_sha256": data.sha256,
             "target_sha256": target_fingerprint(loaded.folder),
         }
-        with Bar(console, "training", ("loss", "accept_len", "tokens/s")) as bar:
-            trained = train(job, init_state(job, start.params), data, made_of, bar, console.print)
-        if trained.step < settings.steps:
-            console.print(
-                f"stopped at step {trained.step} of {settings.steps}, all saved; to go on: "
-                f"{command(arguments)}"
-            )
-            return True
+        state = init_state(job, start.params)
+        trained = fit(given, arguments, job, state, data, made_of, console, stop)
         report = finish(settings, config, target, loaded, target_id, trained, data, arguments)
         closing(console, settings, report, arguments)
         return holds(report["served"])
+
+
+def fit(
+    given: Command,
+    arguments: Sequence[str],
+    job: Job,
+    state: TrainState,
+    data: Data,
+    made_of: dict[str, Any],
+    console: Console,
+    stop: Stop,
+) -> Trained:
+    """Begin the run in its folder and train; a signal ends it once it is saved."""
+    settings = given.settings
+    kept = f"kept in {settings.output / 'checkpoints'}"
+    with Bar(console, "training", ("loss", "accept_len", "tokens/s")) as bar, stopping():
+        begin(given)
+        stop.command = command(going_on(arguments))
+        stop.where = f"in training, finished checkpoints are {kept}"
+        trained = train(job, state, data, made_of, bar, console.print)
+        stop.where = f"at step {trained.step} of {settings.steps}, all saved"
+    if stop.wanted:
+        raise Stopped
+    stop.where = f"in the proof, the trained draft is {kept}"
+    return trained
 
 
 def finish(
@@ -110,7 +135,7 @@ def finish(
     report = prove(job, loaded, params, data, console)
     reliability = report.pop("reliability")
     report |= {"target": loaded.folder.name, "checkpoint": str(folder), "steps": trained.best}
-    report |= {"command": command(arguments), "machine": machine()}
+    report |= {"command": command(going_on(arguments)), "machine": machine()}
     records = read_records(settings.output / "metrics.jsonl")
     curve = [record for record in records if "validation" not in record]
     write_report(settings.output, report, curve, reliability)

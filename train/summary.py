@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from dspark_jax.config import DraftConfig
+from dspark_jax.train.command_line import command, repeated
 from dspark_jax.train.draft_files import WarmStart
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.proof import holds
@@ -60,11 +60,6 @@ def closing(
     )
 
 
-def command(arguments: Sequence[str]) -> str:
-    """The command line as it can be typed again."""
-    return shlex.join(["python", "-m", "dspark_jax.train", *arguments])
-
-
 def machine() -> str:
     """What the numbers were taken on."""
     device = jax.devices()[0]
@@ -72,17 +67,6 @@ def machine() -> str:
         f"{jax.device_count()} {device.device_kind} ({device.platform}), {os.cpu_count()} CPU "
         f"cores, Python {platform.python_version()}, jax {jax.__version__}"
     )
-
-
-def repeated(arguments: Sequence[str]) -> list[str]:
-    """The command line's flags but those that the closing line gives anew."""
-    kept, skip = [], False
-    for word in arguments:
-        anew = word.split("=")[0] in ("--steps", "--output", "--warm-start")
-        if not (anew or skip):
-            kept.append(word)
-        skip = anew and "=" not in word
-    return kept
 
 
 def count(params: Any) -> int:
