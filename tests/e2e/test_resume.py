@@ -151,6 +151,7 @@ def refused(shared: Path, output: Path, *extra: Any) -> str:
     return err
 
 
+@pytest.mark.slow
 def test_another_runs_folder_and_changed_data_are_refused(shared: Path, tmp_path: Path):
     output = tmp_path / "run"
     shutil.copytree(shared / "whole", output)
@@ -202,6 +203,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(shared: Path,
     assert curve(tmp_path) == curve(shared / "whole")
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_stop_the_run_and_are_never_saved(shared: Path, tmp_path: Path):
     code, out, err = finish(start(shared, tmp_path, "--learning-rate", 1e30, "--save-every", 1))
     assert code == 2, out + err
@@ -247,6 +249,7 @@ def test_a_run_is_not_touched_with_no_resume(shared: Path):
     )
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(shared: Path, tmp_path: Path):
     first = start(shared, tmp_path)
     wait_for(first, tmp_path, 1)

@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_validation_saves_and_skips_the_proof(folder: Path):
     line = (folder / "line").read_text()
     assert line.startswith(f"stopped at step 4 of 4, all saved; {GO_ON}")
@@ -84,6 +85,7 @@ def test_a_signal_in_the_last_validation_saves_and_skips_the_proof(folder: Path)
     assert (folder / "run/checkpoints/4").is_dir() and not (folder / "run/draft").exists()
 
 
+@pytest.mark.slow
 def test_files_named_otherwise_and_another_mesh_go_on_and_a_signal_ends_the_proof(folder: Path):
     output = folder / "proof"
     shutil.copytree(folder / "run", output)
@@ -110,6 +112,7 @@ def test_a_signal_while_the_target_answers_keeps_the_answers_and_the_old_run(fol
     assert before.items() <= files(output).items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
@@ -127,6 +130,7 @@ def test_a_run_is_left_alone_by(folder: Path, flags: list[str], code: int):
     assert files(folder / "run") == before and not (folder / "run/data").exists()
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_after_a_kill_while_it_deleted_and_cuts_links(folder: Path):
     output, elsewhere = folder / "again", folder / "elsewhere"
     shutil.copytree(folder / "run", output)

@@ -76,6 +76,7 @@ def test_the_regenerated_data_is_data_a_user_could_pass(finished: Path, tmp_path
     assert "drawn afresh: nothing" in done.stdout
 
 
+@pytest.mark.slow
 def test_hidden_states_from_files_train_the_same_draft_as_in_process(
     finished: Path, tmp_path: Path
 ) -> None:
