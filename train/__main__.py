@@ -59,9 +59,6 @@ def outcome(arguments: list[str], stop: Stop) -> int:
     except Stopped:
         print(stop.line())
         return 0
-    except KeyboardInterrupt:
-        print(stop.line(), file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _example(where: str, value: Any) -> Example:
         turns = value.get("conversations", value.get("messages"))
     if not isinstance(turns, list) or not turns:
         raise ValueError(
-            f'{where} has no list "conversations" or "messages"; write '
+            f'{where} has neither "conversations", "messages" nor "input_ids"; write '
             '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}.'
         )
     messages, untrained = messages_of(where, turns, value.get("system"))

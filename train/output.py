@@ -68,15 +68,17 @@ def untouched(given: Command) -> Iterator[TrainSettings]:
 
 
 def begin(given: Command) -> None:
-    """Write config.json; with `--fresh`, first delete the results of the run that is there.
+    """Write config.json of a new run; with `--fresh`, first delete the results that are there.
 
-    Regenerated answers stay, they are used again where they fit.
+    Regenerated answers stay, they are used again where they fit. A run that goes on keeps its
+    config.json until its checkpoint is found to fit.
     """
     output = given.settings.output
     if given.fresh:
         for name in (*RESULTS, *REPORTS):
             remove(output / name)
-    write_config(given.settings, output / "config.json")
+    if not holds_run(output):
+        write_config(given.settings, output / "config.json")
 
 
 def holds_run(output: Path) -> bool:

@@ -23,6 +23,7 @@ class Bar:
     def __init__(self, console: Console, title: str, names: tuple[str, ...]):
         self.console, self.title, self.names = console, title, names
         self.started, self.printed = time.monotonic(), float("-inf")
+        self.first: tuple[float, int] | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -58,5 +59,11 @@ class Bar:
         late = time.monotonic() - self.printed > PLAIN_EVERY_SECONDS
         if not self.console.is_terminal and (late or done >= total):
             self.printed = time.monotonic()
-            left = self.seconds() * (total - done) / max(done, 1)
-            self.console.print(f"{self.title} {done}/{total}  {text}  {left:.0f} s left")
+            self.console.print(f"{self.title} {done}/{total}  {text}  {self.left(done, total)}")
+
+    def left(self, done: int, total: int) -> str:
+        """The time left by the pace since the first call, which had to compile."""
+        now = time.monotonic()
+        self.first = self.first or (now, done)
+        seconds, made = now - self.first[0], done - self.first[1]
+        return f"{seconds * (total - done) / made:.0f} s left" if made > 0 else ""

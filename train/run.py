@@ -16,6 +16,7 @@ from dspark_jax.targets.families import make_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.checks import check_batch, check_settings
 from dspark_jax.train.command_line import command, going_on
+from dspark_jax.train.config_file import write_config
 from dspark_jax.train.conversations import read_conversations
 from dspark_jax.train.data import Data, describe, frequent_ids, load_data
 from dspark_jax.train.draft_files import WarmStart, save_draft, warm_start
@@ -107,10 +108,12 @@ def fit(
         stop.command = command(going_on(arguments))
         stop.where = f"in training, finished checkpoints are {kept}"
         trained = train(job, state, data, made_of, bar, console.print)
+        write_config(settings, settings.output / "config.json")
         stop.where = f"at step {trained.step} of {settings.steps}, all saved"
     if stop.wanted:
         raise Stopped
     stop.where = f"in the proof, the trained draft is {kept}"
+    console.print("validating, then decoding with the draft and without it; compiles first")
     return trained
 
 

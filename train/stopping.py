@@ -1,19 +1,28 @@
-"""Ctrl-C and SIGTERM: a loop that watches ends after its step, anything else ends at once."""
+"""Ctrl-C and SIGTERM: a loop that watches ends after its step, anything else ends at once.
 
+Where nobody watches the process ends inside the handler: an exception raised there may land in a
+callback that drops it, and an interpreter that closes while XLA computes may crash.
+"""
+
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SHOW_CURSOR = "\x1b[?25h"
+"""Progress bars hide it."""
+
 
 class Stopped(KeyboardInterrupt):
-    """A wish to stop that came where no loop watches for it."""
+    """A wish to stop that a loop has granted."""
 
 
 class Stop:
     """`wanted` once a signal has come; `where` and `command` say where the run is and goes on.
 
-    Raises Stopped where nobody watches, and KeyboardInterrupt at the second signal where one does.
+    Ends the process with exit code 0 where nobody watches, and with 130 at the second signal where
+    one does.
     """
 
     def __init__(self) -> None:
@@ -22,15 +31,23 @@ class Stop:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.watched:
-            self.wanted = True
-            raise Stopped
+            say(1, self.line())
+            os._exit(0)
         if self.wanted:
-            raise KeyboardInterrupt
+            say(2, self.line())
+            os._exit(130)
         self.wanted = True
+        say(1, "stopping after this step; saving")
 
     def line(self) -> str:
         """What is kept, and what to type."""
         return f"stopped {self.where}; to go on: {self.command}"
+
+
+def say(file: int, line: str) -> None:
+    """Write a line as a signal handler may: past Python's buffers."""
+    shown = SHOW_CURSOR if os.isatty(file) else ""
+    os.write(file, f"{shown}\n{line}\n".encode())
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def changed_target(tmp_path: Path, **changes: object) -> Path:
     ("lines", "said"),
     [
         ([GOOD, "{broken"], "line 2 is not JSON"),
-        ([GOOD, '{"text": "no turns"}'], "line 2 has no list"),
+        ([GOOD, '{"text": "no turns"}'], "line 2 has neither"),
         ([GOOD, '{"conversations": [{"from": "robot", "value": "x"}]}'], "role 'robot'"),
         ([GOOD, '{"conversations": [{"from": ["x"], "value": "y"}]}'], "line 2 has a turn"),
         ([GOOD, '{"messages": [{"role": "assistant", "content": "y"}]}'], "held-out conversations"),
