@@ -90,7 +90,7 @@ class Checkpoints:
         """The newest checkpoint that can be read, in the shapes and shardings of `like`.
 
         `check(about)` raises when a checkpoint belongs to another run; nothing is set aside then.
-        DamagedError ones newer than the one found are set aside, with a line that says so. Raises
+        Damaged ones newer than the one found are set aside, with a line that says so. Raises
         ValueError when there are checkpoints and all are damaged, OSError when the disk fails.
         """
         damaged: dict[int, str] = {}

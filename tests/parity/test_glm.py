@@ -55,35 +55,18 @@ class Trace(NamedTuple):
     logits: jax.Array
 
 
-def target_folders(golden: Path) -> list[Path]:
-    return sorted(path for path in golden.glob("targets/*") if path.is_dir())
+def covered_folders(golden: Path) -> list[Path]:
+    """Folders of a GLM with plain weights; test_fp8.py and test_qwen3.py check the others."""
+    every = sorted(path.parent for path in golden.glob("targets/*/model.safetensors"))
+    return [folder for folder in every if described(folder)["model_type"] == "glm_moe_dsa"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "folder" in metafunc.fixturenames:
-        folders = target_folders(metafunc.config.option.golden)
+        folders = covered_folders(metafunc.config.option.golden)
         metafunc.parametrize("folder", folders, ids=lambda folder: folder.name)
     if "unroll" in metafunc.fixturenames:
         metafunc.parametrize("unroll", [1000, 0], ids=["one_by_one", "scanned"])
-
-
-@pytest.fixture(autouse=True)
-def only_what_we_can_load(request: pytest.FixtureRequest) -> None:
-    """Skips folders of other models and of weights that another file checks."""
-    if "folder" in request.fixturenames:
-        reason = not_covered(request.getfixturevalue("folder"))
-        if reason:
-            pytest.skip(reason)
-
-
-def not_covered(folder: Path) -> str | None:
-    """Why a folder is not checked here."""
-    kind = described(folder).get("model_type")
-    if kind != "glm_moe_dsa":
-        return f"model_type {kind} is another model"
-    if not (folder / "model.safetensors").exists() and list(folder.glob("*_fp8.safetensors")):
-        return "fp8 weights are checked in test_fp8.py"
-    return None
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -229,8 +212,11 @@ def differences(ours: Mapping[str, Any], arrays: Arrays) -> list[str]:
     return lines
 
 
-def through_cache(model: Model, tokens: jax.Array, chunks: list[tuple[int, int, Any]]) -> Any:
-    """Logits of chunks (start, end, tokens or None for the real ones) fed one after another."""
+def through_cache(model: Any, tokens: jax.Array, chunks: list[tuple[int, int, Any]]) -> Any:
+    """Logits of chunks (start, end, tokens or None for the real ones) fed one after another.
+
+    `model` has a target and params; `test_qwen3.py` hands over its own.
+    """
     prepared = model.target.prepare(model.params)
     cache, logits = model.target.init_cache(len(tokens), tokens.shape[1] + 3), []
     for start, end, other in chunks:
@@ -254,8 +240,9 @@ def expected_names(config: GlmConfig) -> set[str]:
 
 
 def test_there_is_something_to_check(golden: Path):
-    covered = [folder for folder in target_folders(golden) if not not_covered(folder)]
-    assert covered, f"no targets/* of glm_moe_dsa with model.safetensors in {golden}"
+    assert covered_folders(golden), (
+        f"no targets/* of glm_moe_dsa with model.safetensors in {golden}"
+    )
 
 
 def test_a_fixture_has_all_its_arrays_and_no_others(folder: Path):

@@ -3,7 +3,6 @@
 Everything is checked twice, with layers run one by one and with layers stacked and scanned.
 """
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,13 +21,10 @@ from dspark_jax.targets.families import make_target, read_config
 from dspark_jax.targets.qwen3 import Qwen3
 from dspark_jax.targets.residual import Choices
 from dspark_jax.targets.weights import params_from_tensors, shape_of, tensors_from_params
-from dspark_jax.types import Rows, Target
+from dspark_jax.types import Target
+from tests.parity.test_glm import RELATIVE, Arrays, arrays_of, described, ints, through_cache
 
-RELATIVE = 1e-5
-"""Allowed difference, as a fraction of the array's largest magnitude."""
 INPUTS = {"input_ids", "prefill_len", "verify_len", "leftpad_mask", "leftpad_positions"}
-
-Arrays = Mapping[str, np.ndarray]
 
 
 class Model(NamedTuple):
@@ -37,10 +33,6 @@ class Model(NamedTuple):
     config: Qwen3Config
     target: Target
     params: Any
-
-
-def described(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def folders_of(golden: Path) -> list[Path]:
@@ -56,11 +48,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("unroll", [1000, 0], ids=["one_by_one", "scanned"])
 
 
-@lru_cache
-def arrays_of(folder: Path) -> Arrays:
-    return dict(np.load(folder / "golden.npz"))
-
-
 @lru_cache(maxsize=8)
 def load(folder: Path, unroll: int) -> Model:
     layers = described(folder)["num_hidden_layers"]
@@ -74,10 +61,6 @@ def load(folder: Path, unroll: int) -> Model:
     target = make_target(config)
     compiled = target._replace(trace=jax.jit(target.trace), extend=jax.jit(target.extend))
     return Model(config, compiled, params)
-
-
-def ints(array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array, jnp.int32)
 
 
 def run(model: Model, tokens: jax.Array, segment: Any, position: Any) -> tuple[Any, Any, Any]:
@@ -118,18 +101,6 @@ def everything(folder: Path, unroll: int) -> dict[str, Any]:
     padded = run(model, tokens, arrays["leftpad_mask"], arrays["leftpad_positions"])[2]
     real = arrays["leftpad_mask"] == 1
     return ours | {"leftpad_logits": np.where(real[..., None], padded, arrays["leftpad_logits"])}
-
-
-def through_cache(model: Model, tokens: jax.Array, chunks: list[tuple[int, int, Any]]) -> Any:
-    """Logits of chunks (start, end, tokens or None for the real ones) fed one after another."""
-    prepared = model.target.prepare(model.params)
-    cache, logits = model.target.init_cache(len(tokens), tokens.shape[1] + 3), []
-    for start, end, other in chunks:
-        rows = tokens[:, start:end] if other is None else other
-        position = jnp.broadcast_to(jnp.arange(start, end), rows.shape)
-        cache, states = model.target.extend(prepared, cache, Rows(rows, position))
-        logits.append(model.target.logits(prepared, states.final_hidden))
-    return logits
 
 
 def differences(ours: Mapping[str, Any], arrays: Arrays) -> list[str]:
