@@ -51,12 +51,13 @@ def remedies(
 ) -> Remedies:
     """From bytes per device now, with `sizes` = (devices, batch, context).
 
-    Assumes that weights and caches spread over more devices evenly, that caches and temporaries
-    grow with the batch, and caches with the context.
+    Devices are doubled until it fits, as machines come. Assumes that weights and caches spread
+    over more devices evenly, that caches and temporaries grow with the batch, and caches with the
+    context.
     """
     devices, batch, context = sizes
     needed = weights + cache + temporaries
-    more = -(-int(needed * devices) // int(available))
+    more = 1 << (-(-int(needed * devices) // int(available)) - 1).bit_length()
     left = max(0.0, available - weights)
     fewer = int(batch * left / (cache + temporaries)) if cache + temporaries else 0
     shorter = int(context * max(0.0, left - temporaries) / cache) if cache else 0

@@ -73,7 +73,8 @@ def decode_program(
     state = jax.eval_shape(lambda: init_state(target, draft, _zeros(keys), context, dtype))
     state = _state(mesh, state, target_config)
     row = NamedSharding(mesh, PartitionSpec(DATA))
-    request = Request(*(_shape(batch, kind, row) for kind in (jnp.int32, jnp.float32, jnp.int32)))
+    per_sequence = partial(_shape, batch, sharding=row)
+    request = Request(per_sequence(jnp.int32), per_sequence(jnp.float32), per_sequence(jnp.int32))
     step = jax.jit(partial(decode_step, target, draft), donate_argnums=(1,))
     cache = (state.target_cache, state.draft_cache)
     return Program(
@@ -127,7 +128,7 @@ def _zeros(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(zero, tree)
 
 
-def _shape(size: int, dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _shape(size: int, dtype: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct((size,), dtype, sharding=sharding)
 
 

@@ -95,9 +95,9 @@ def step_table(plan: Plan) -> Table:
     of_cost("sent per device", lambda _, cost: shown(sent_bytes(cost)))
     limits = [plan.bound(step) for step in steps]
     for name in ("moving", "computing", "exchanging", "seconds"):
-        shown = "step, at least" if name == "seconds" else name
+        label = "step, at least" if name == "seconds" else name
         row(
-            f"ms {shown}",
+            f"ms {label}",
             [UNKNOWN if x is None else f"{1e3 * getattr(x, name):.3f}" for x in limits],
         )
     rates = [plan.rate(*pair) for pair in zip(steps, limits, strict=True)]

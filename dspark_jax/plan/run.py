@@ -13,7 +13,8 @@ from dspark_jax.plan.chips import Machine, parse_machine
 from dspark_jax.plan.figures import Plan, Step, write_json
 from dspark_jax.plan.floor import Needs, draft_needs, held_bytes, step_bytes, target_needs
 from dspark_jax.plan.hlo.collectives import WeightShapes
-from dspark_jax.plan.hlo.cost import account
+from dspark_jax.plan.hlo.cost import Cost, account
+from dspark_jax.plan.kernels import hlo_type, stated
 from dspark_jax.plan.memory import (
     Memory,
     beyond_arguments,
@@ -27,8 +28,6 @@ from dspark_jax.plan.report import show
 from dspark_jax.plan.settings import PlanSettings, tensor_size
 from dspark_jax.plan.topology import devices_of
 from dspark_jax.targets.weights import entries
-
-HLO_TYPES = {"bfloat16": "bf16", "float32": "f32", "float8_e4m3fn": "f8e4m3fn"}
 
 
 def run(settings: PlanSettings) -> Plan:
@@ -70,8 +69,7 @@ def measure(
     weights, cache = tree_bytes(program.weights) - shared, tree_bytes(program.cache)
     start, cost, temporaries = time.perf_counter(), None, None
     try:
-        compiled = compile_for(program)
-        cost = account(compiled.as_text(), weight_shapes(program.weights))
+        compiled, cost = compiled_and_cost(program)
         beyond = beyond_arguments(compiled.memory_analysis(), held)
         temporaries = beyond + held - shared - weights - cache
     except JaxRuntimeError as error:
@@ -87,20 +85,23 @@ def measure(
     return step, Memory(weights, cache, temporaries, machine.chip.memory_bytes)
 
 
-def compile_for(program: Program) -> Any:
+def compiled_and_cost(program: Program) -> tuple[Any, Cost]:
     """Ahead of time; the default device tells kernels which chip they are for."""
     leaf = jax.tree.leaves(program.weights)[0]
     with jax.default_device(leaf.sharding.mesh.devices.flat[0]):
-        return program.step.trace(*program.arguments).lower().compile()
+        traced = program.step.trace(*program.arguments)
+        compiled = traced.lower().compile()
+    estimates = stated(traced.jaxpr.jaxpr)
+    return compiled, account(compiled.as_text(), weight_shapes(program.weights), estimates)
 
 
 def weight_shapes(weights: Any) -> WeightShapes:
     """How matrices look when they are gathered whole, one layer of a stack or all."""
     found = set()
     for leaf in jax.tree.leaves(weights):
-        kind = HLO_TYPES.get(str(leaf.dtype))
+        kind = hlo_type(str(leaf.dtype))
         for dims in (leaf.shape, leaf.shape[1:]):
             dims = tuple(size for size in dims if size != 1)
-            if kind and len(dims) > 1:
+            if len(dims) > 1:
                 found.add((kind, dims))
     return frozenset(found)

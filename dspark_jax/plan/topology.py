@@ -12,6 +12,7 @@ ENVIRONMENT = {
     # libtpu would ask Google Cloud about the machine and refuse a second process.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     # Neither compiler finds hardware, which it would report on stderr.
     "TPU_STDERR_LOG_LEVEL": "3",

@@ -16,7 +16,14 @@ from dspark_jax.plan.hlo.fusion import SLICING, UPDATING, traffic, update_bytes
 from dspark_jax.plan.hlo.loops import trip_count
 from dspark_jax.plan.hlo.scope import Scope, branches, origin
 from dspark_jax.plan.hlo.shapes import Shape, Type, leaves, main_bytes
-from dspark_jax.plan.hlo.text import Computation, Instruction, Module, parse_module
+from dspark_jax.plan.hlo.text import (
+    Computation,
+    Estimate,
+    Instruction,
+    Kernel,
+    Module,
+    parse_module,
+)
 
 FREE = frozenset(
     {"after-all", "bitcast", "constant", "domain", "get-tuple-element", "optimization-barrier"}
@@ -24,7 +31,8 @@ FREE = frozenset(
 )
 BUFFERS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 CALLS = {"call": "to_apply", "async": "calls"}
-PLUMBING = re.compile(r"^(jit\(.*\)|jvp\(.*\)|while|body|cond|closed_call|shard_map|checkpoint)$")
+PLUMBING = frozenset({"while", "body", "cond", "closed_call", "shard_map", "checkpoint", ""})
+WRAPPED = re.compile(r"^\w+\((.*)\)$")
 
 
 class Operation(NamedTuple):
@@ -55,12 +63,17 @@ class Cost(NamedTuple):
     notes: tuple[str, ...]
 
 
-def account(text: str, weights: WeightShapes = frozenset()) -> Cost:
+def account(
+    text: str,
+    weights: WeightShapes = frozenset(),
+    estimates: Mapping[Kernel, Estimate] | None = None,
+) -> Cost:
     """The cost of the program whose optimised HLO this is (`compiled.as_text()`).
 
-    Exchanges of arrays of the shapes in `weights` are marked.
+    Exchanges of arrays of the shapes in `weights` are marked; `estimates` are of kernels whose own
+    the compiler drops.
     """
-    module = parse_module(text)
+    module = parse_module(text, estimates)
     tally = _Tally(weights)
     tally.walk(Scope(module, module.entry), 1)
     return tally.cost()
@@ -146,7 +159,12 @@ class _Tally:
             self.add(Operation(name, total * times, read * times, counted.all * times, times))
         for found, kind, types in exchanges(scope, one, base):
             self.exchange(collective(scope.module, found, kind, types, self.weights, times, name))
-        if base == "custom-call" and total and estimate(one) is None and _is_kernel(one):
+        if (
+            base == "custom-call"
+            and total
+            and estimate(scope.module, one) is None
+            and _is_kernel(one)
+        ):
             self.notes[f"{name} states no operations: only its bytes count"] = None
 
     def add(self, operation: Operation) -> None:
@@ -184,7 +202,7 @@ def movement(scope: Scope, one: Instruction, base: str) -> Movement:
     if base in UPDATING:
         written = update_bytes(inside, one) if main_bytes(result) else 0
         return Movement(tuple(reads[1:]), written)
-    stated = estimate(one) if base == "custom-call" else None
+    stated = estimate(scope.module, one) if base == "custom-call" else None
     if stated is not None:
         return _kernel(one, types, result, stated.bytes)
     return Movement(tuple(reads), main_bytes(result))
@@ -244,12 +262,16 @@ def label(inside: Computation, one: Instruction) -> str:
 
     What the compiler added has no place in the traced program and goes by what it is.
     """
-    parts = [part for part in one.op_name.split("/") if part and not PLUMBING.match(part)]
-    if parts:
+    first, _, rest = one.op_name.partition("/")
+    parts = [WRAPPED.sub(r"\1", part) for part in (rest.split("/") if rest else [first])]
+    parts = [part for part in parts if part not in PLUMBING]
+    if rest and parts:
         return "/".join(parts)
     kind = " + ".join(dict.fromkeys(str(shape) for shape in leaves(inside.result(one))))
-    return f"{re.sub(r'[.0-9]+$', '', one.name)} {kind}"
+    made = re.sub(r"[.0-9]+$", "", one.name)
+    return f"{made} {kind}" + (f" of {parts[0]}" if parts and parts[0] != made else "")
 
 
 def _is_kernel(one: Instruction) -> bool:
-    return "tpu_custom_call" in one.attributes or "mosaic" in one.attributes[:200]
+    target = one.attributes.partition('custom_call_target="')[2][:40]
+    return one.opcode == "custom-call" and target.startswith(("tpu_custom_call", "mosaic"))

@@ -6,9 +6,9 @@ from functools import cache
 from typing import NamedTuple
 
 from dspark_jax.plan.hlo.shapes import Shape, leaves
-from dspark_jax.plan.hlo.text import Computation, Instruction, Module
+from dspark_jax.plan.hlo.text import Computation, Estimate, Instruction, Module
 
-ESTIMATE = re.compile(r'"cost_estimate":(\{[^}]*\})')
+STATED = re.compile(r'"cost_estimate":(\{[^}]*\})')
 CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\["(\d+)"\]')
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 WINDOW = re.compile(r"window=\{([^}]*)\}")
@@ -21,24 +21,22 @@ class Flops(NamedTuple):
     fp8: int = 0
 
 
-class Estimate(NamedTuple):
-    """What a kernel states of itself."""
-
-    flops: int
-    bytes: int
-
-
-def estimate(instruction: Instruction) -> Estimate | None:
+def estimate(module: Module, instruction: Instruction) -> Estimate | None:
     """The `pl.CostEstimate` of a Pallas kernel, None where there is none."""
-    found = ESTIMATE.search(instruction.attributes)
+    found = STATED.search(instruction.attributes)
     if found is None:
-        return None
-    stated = json.loads(found.group(1))
-    return Estimate(int(stated.get("flops", 0)), int(stated.get("bytes_accessed", 0)))
+        path = instruction.op_name.removesuffix("/pallas_call")
+        first = next(leaves(instruction.type), None)
+        return module.estimates.get((path.rpartition("/")[2], str(first)))
+    said = json.loads(found.group(1))
+    return Estimate(int(said.get("flops", 0)), int(said.get("bytes_accessed", 0)))
 
 
 def flops(module: Module, inside: Computation, instruction: Instruction) -> Flops:
     """Of one instruction, with all that a fusion holds."""
+    stated = estimate(module, instruction) if instruction.opcode == "custom-call" else None
+    if stated is not None:
+        return Flops(stated.flops)
     count = _COUNTED.get(instruction.opcode)
     if count is not None:
         number = count(inside, instruction)
@@ -123,9 +121,7 @@ def _reduced_product(inside: Computation, one: Instruction) -> int:
 
 
 def _custom_call(inside: Computation, one: Instruction) -> int:
-    stated = estimate(one)
-    if stated is not None:
-        return stated.flops
+    """A library's matrix product."""
     contracted = CONTRACTED.search(one.attributes)
     if contracted is None or "__cublas" not in one.attributes:
         return 0

@@ -75,7 +75,7 @@ def _index(computation: Computation, name: str) -> int | None:
     one = computation[name]
     while one.opcode in COPIED:
         one = computation[one.operands[0]]
-    return one.index if one.opcode == "get-tuple-element" else None
+    return one.element if one.opcode == "get-tuple-element" else None
 
 
 def _initial(scope: Scope, loop: Instruction, index: int) -> int | None:

@@ -35,7 +35,7 @@ def origin(scope: Scope, name: str, through: tuple[str, ...] = SAME, fixed: bool
     if one.opcode in through:
         return origin(scope, one.operands[0], through, fixed)
     if one.opcode == "get-tuple-element":
-        return _element(scope, one.operands[0], one.index, through, fixed) or (scope, one)
+        return _element(scope, one.operands[0], one.element, through, fixed) or (scope, one)
     if one.opcode == "parameter" and scope.caller and scope.call and scope.call.opcode != "while":
         given = _operand(scope.call, scope, int(one.inside))
         return origin(scope.caller, given, through, fixed)
@@ -95,4 +95,4 @@ def carried(module: Module, loop: Instruction, index: int) -> bool:
         one = body[one.operands[0]]
     if one.opcode != "get-tuple-element" or body[one.operands[0]].opcode != "parameter":
         return False
-    return one.index == index
+    return one.element == index

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 TILE = re.compile(r"T\(([\d,]+)\)")
@@ -50,7 +50,8 @@ class Shape(NamedTuple):
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
-Type: TypeAlias = "Shape | tuple[Type, ...]"
+Type: TypeAlias = Shape | tuple[Any, ...]
+"""An array, or a tuple of types."""
 
 
 def bits(dtype: str) -> int:

@@ -1,6 +1,7 @@
 """The text of an optimised HLO module as computations of instructions."""
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class Instruction(NamedTuple):
         return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
 
     @property
-    def index(self) -> int:
+    def element(self) -> int:
         """The element that a get-tuple-element takes."""
         found = INDEX.search(self.attributes)
         assert found, self.name
@@ -91,19 +92,34 @@ class Computation:
         return start.type
 
 
+Kernel = tuple[str, str]
+"""A kernel's name and its first result, as `f32[8,128]`."""
+
+
+class Estimate(NamedTuple):
+    """What a kernel states of itself."""
+
+    flops: int
+    bytes: int
+
+
 class Module(NamedTuple):
-    """A program; `partitions` is how many devices run it."""
+    """A program; `partitions` is how many devices run it.
+
+    `estimates` are those of kernels that the text itself does not repeat.
+    """
 
     computations: dict[str, Computation]
     entry: Computation
     partitions: int
+    estimates: Mapping[Kernel, Estimate]
 
     def called(self, instruction: Instruction, key: str = "calls") -> Computation:
         """The computation that an instruction names."""
         return self.computations[instruction.attribute(key)]
 
 
-def parse_module(text: str) -> Module:
+def parse_module(text: str, estimates: Mapping[Kernel, Estimate] | None = None) -> Module:
     """Read `compiled.as_text()` of any backend."""
     computations: dict[str, Computation] = {}
     current, entry = None, None
@@ -122,7 +138,8 @@ def parse_module(text: str) -> Module:
     if entry is None:
         raise ValueError("this is not the text of an HLO module: no line begins with ENTRY.")
     partitions = PARTITIONS.search(text.split("\n", 1)[0])
-    return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
+    count = int(partitions.group(1)) if partitions else 1
+    return Module(computations, entry, count, estimates or {})
 
 
 def _instruction(name: str, text: str) -> Instruction:
