@@ -5,6 +5,9 @@ from typing import NamedTuple
 from dspark_jax.plan.chips import Chip
 from dspark_jax.plan.hlo.cost import Cost
 
+Number = int | float
+"""Of bytes or operations: whole where they are counted, not where they are expected."""
+
 
 class Bound(NamedTuple):
     """Seconds of a step on a device that is always busy with the slower of moving and computing.
@@ -21,7 +24,7 @@ class Bound(NamedTuple):
         return max(self.moving, self.computing) + self.exchanging
 
 
-def bound(chip: Chip, moved: float, flops: float, fp8_flops: float, sent: float) -> Bound:
+def bound(chip: Chip, moved: Number, flops: Number, fp8_flops: Number, sent: Number) -> Bound:
     """Of so many bytes and operations on one device."""
     computing = (flops - fp8_flops) / chip.bf16_flops + fp8_flops / chip.fp8_flops
     exchanging = sent / chip.interconnect_bytes_per_second
@@ -47,7 +50,11 @@ class Remedies(NamedTuple):
 
 
 def remedies(
-    available: float, weights: float, cache: float, temporaries: float, sizes: tuple[int, int, int]
+    available: Number,
+    weights: Number,
+    cache: Number,
+    temporaries: Number,
+    sizes: tuple[int, int, int],
 ) -> Remedies:
     """From bytes per device now, with `sizes` = (devices, batch, context).
 

@@ -118,7 +118,7 @@ def step_bytes(needs: Needs, tokens: int, sequences: int, context: int) -> float
 
 
 def held_bytes(
-    weights: Iterable[Held], needs: Needs, tokens: int, cache: float, context_share: float
+    weights: Iterable[Held], needs: Needs, tokens: int, cache: int, context_share: float
 ) -> float:
     """Bytes of a step on one device that reads once what it holds and needs.
 

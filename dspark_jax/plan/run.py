@@ -25,13 +25,14 @@ from dspark_jax.plan.memory import (
 from dspark_jax.plan.models import find_models
 from dspark_jax.plan.program import Program, decode_program, plain_program, plan_mesh
 from dspark_jax.plan.report import show
-from dspark_jax.plan.settings import PlanSettings, tensor_size
+from dspark_jax.plan.settings import PlanSettings, check, tensor_size
 from dspark_jax.plan.topology import devices_of
 from dspark_jax.targets.weights import entries
 
 
 def run(settings: PlanSettings) -> Plan:
     """Plan, print, and write the figures where the settings say. Raises ValueError."""
+    check(settings)
     machine = parse_machine(settings.mesh)
     models = find_models(settings.target, settings.draft)
     heads = models.target.num_attention_heads
@@ -91,8 +92,9 @@ def compiled_and_cost(program: Program) -> tuple[Any, Cost]:
     with jax.default_device(leaf.sharding.mesh.devices.flat[0]):
         traced = program.step.trace(*program.arguments)
         compiled = traced.lower().compile()
-    estimates = stated(traced.jaxpr.jaxpr)
-    return compiled, account(compiled.as_text(), weight_shapes(program.weights), estimates)
+    text = compiled.as_text()
+    assert text, "the compiler gives no text"
+    return compiled, account(text, weight_shapes(program.weights), stated(traced.jaxpr.jaxpr))
 
 
 def weight_shapes(weights: Any) -> WeightShapes:

@@ -28,15 +28,17 @@ class PlanSettings:
     json: Path | None = None
     """Write the figures to this file."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch", "context", "operations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1.")
-        if self.acceptance_length < 1:
-            raise ValueError(
-                f"acceptance_length is {self.acceptance_length:g}; a step always yields at least "
-                "one token."
-            )
+
+def check(settings: PlanSettings) -> None:
+    """Raise ValueError for numbers that mean nothing."""
+    for name in ("batch", "context", "operations"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; use at least 1.")
+    if settings.acceptance_length < 1:
+        raise ValueError(
+            f"acceptance_length is {settings.acceptance_length:g}; a step always yields at least "
+            "one token."
+        )
 
 
 def tensor_size(asked: int | None, devices: int, batch: int, heads: int) -> int:

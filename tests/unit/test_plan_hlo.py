@@ -17,7 +17,9 @@ def cost_of(function, *arguments, donate: tuple[int, ...] = (), weights=frozense
     """Of a function of arrays of these shapes, compiled for this machine."""
     shapes = [x if isinstance(x, jax.ShapeDtypeStruct) else floats(*x) for x in arguments]
     compiled = jax.jit(function, donate_argnums=donate).trace(*shapes).lower().compile()
-    return account(compiled.as_text(), weights)
+    text = compiled.as_text()
+    assert text
+    return account(text, weights)
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
