@@ -33,12 +33,15 @@ def show(plan: Plan, console: Console) -> None:
 
 def heading(plan: Plan) -> str:
     """What is planned."""
-    s, draft = plan.settings, plan.models.draft
+    s, draft, chip = plan.settings, plan.models.draft, plan.machine.chip
     stored = "bfloat16" if plan.models.block is None else "FP8"
     return (
         f"{s.target} ({stored}) with a draft of {draft.num_hidden_layers} layers and "
         f"{draft.draft_length} tokens on {plan.machine.name}: {plan.machine.devices} devices as "
-        f"{plan.data} data x {plan.tensor} tensor; batch {s.batch}, context {s.context:,}"
+        f"{plan.data} data x {plan.tensor} tensor; batch {s.batch}, context {s.context:,}\n"
+        f"peaks of a device: {chip.bytes_per_second / 1e12:.2f} TB/s of memory, "
+        f"{chip.bf16_flops / 1e12:,.0f} TFLOP/s in bfloat16, {chip.fp8_flops / 1e12:,.0f} in FP8, "
+        f"{shown(chip.interconnect_bytes_per_second)}/s to others"
     )
 
 

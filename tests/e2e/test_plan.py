@@ -67,6 +67,7 @@ def test_a_tiny_target_is_planned_for_a_tpu(tmp_path: Path):
 
 
 @tpu
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path: Path):
     flags = ("--mesh", "v5e:2x2", "--batch", "64", "--context", "262144")
     shown, figures = planned(tmp_path, *flags)
@@ -77,6 +78,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path: Path):
 
 
 @cuda
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["h200:1x8", "b300:1x8"])
 def test_a_tiny_target_is_planned_for_gpus(tmp_path: Path, mesh: str):
     _, figures = planned(tmp_path, "--mesh", mesh, "--batch", "8", "--context", "1024")
