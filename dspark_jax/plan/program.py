@@ -1,4 +1,4 @@
-"""The decode step that is planned for, as a traced function of shapes and their shardings."""
+"""The decode steps that are planned for, as traced functions of shapes and their shardings."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -6,18 +6,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from dspark_jax.config import DraftConfig, GlmConfig, TargetConfig
+from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.draft_weights import abstract_drafter
-from dspark_jax.loop import Request, Weights, decode_step, init_state, prepare_weights
+from dspark_jax.fp8 import BlockScaled
+from dspark_jax.loop import Request, Weights, decode_step, init_state
+from dspark_jax.generation import plain_state
+from dspark_jax.plan.floor import STORED_FP8
+from dspark_jax.sharding import DATA, tree_shardings
 from dspark_jax.targets.families import make_target
-from dspark_jax.targets.weights import shape_of
+from dspark_jax.targets.load import FP8, kept_type, scale_shape
+from dspark_jax.targets.mesh import family
+from dspark_jax.targets.weights import entries, shape_of
 from dspark_jax.types import DecodeState, Rows, Target
 
-DATA, TENSOR = "data", "tensor"
+Block = tuple[int, int]
+TYPE = jnp.bfloat16
 
 
 class Program(NamedTuple):
@@ -41,70 +48,44 @@ class Program(NamedTuple):
         return (self.weights, self.state, *self.rest)
 
 
-def plan_mesh(devices: list[Any], tensor: int) -> Mesh:
-    """The devices as data x tensor."""
-    import numpy as np
-
-    grid = np.array(devices).reshape(-1, tensor)
-    return Mesh(grid, (DATA, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
-
-
 def decode_program(
     target_config: TargetConfig,
+    block: Block | None,
     draft_config: DraftConfig,
     mesh: Mesh,
     batch: int,
     context: int,
-    dtype: Any = jnp.bfloat16,
 ) -> Program:
     """One speculative round of `batch` sequences with room for `context` tokens each."""
-    target, draft = make_target(target_config), dspark_draft(draft_config)
-
-    def load() -> Weights:
-        params, drafter = (
-            nnx.state(shape_of(target_config), nnx.Param),
-            abstract_drafter(draft_config),
-        )
-        params, drafter = (_zeros(x, dtype) for x in (params, nnx.state(drafter, nnx.Param)))
-        return prepare_weights(target, draft, params, drafter, target.frozen(params))
-
-    weights = _weights(mesh, jax.eval_shape(load))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    state = jax.eval_shape(lambda: init_state(target, draft, _zeros(keys), context, dtype))
-    state = _state(mesh, state, target_config)
-    row = NamedSharding(mesh, PartitionSpec(DATA))
-    per_sequence = partial(_shape, batch, sharding=row)
-    request = Request(per_sequence(jnp.int32), per_sequence(jnp.float32), per_sequence(jnp.int32))
-    step = jax.jit(partial(decode_step, target, draft), donate_argnums=(1,))
-    cache = (state.target_cache, state.draft_cache)
-    return Program(
-        step, weights, state, cache, weights.frozen, (request,), draft_config.draft_length + 1
+    target, draft = make_target(target_config, mesh), dspark_draft(draft_config, mesh)
+    params = target_params(target_config, block)
+    drafter = narrow(nnx.state(abstract_drafter(draft_config), nnx.Param))
+    weights = Weights(
+        placed(mesh, jax.eval_shape(target.prepare, params), family(target_config)),
+        placed(mesh, jax.eval_shape(draft.prepare, drafter), "draft"),
+        placed(mesh, jax.eval_shape(target.frozen, params), "draft"),
     )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = jax.eval_shape(partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys)
+    state = state_on(mesh, state, target_config)
+    row = partial(jax.ShapeDtypeStruct, (batch,), sharding=NamedSharding(mesh, PartitionSpec(DATA)))
+    request = Request(row(jnp.int32), row(jnp.float32), row(jnp.int32))
+    step = jax.jit(partial(decode_step, target, draft), donate_argnums=1)
+    cache, width = (state.target_cache, state.draft_cache), draft_config.draft_length + 1
+    return Program(step, weights, state, cache, weights.frozen, (request,), width)
 
 
 def plain_program(
-    target_config: TargetConfig,
-    mesh: Mesh,
-    batch: int,
-    context: int,
-    dtype: Any = jnp.bfloat16,
+    config: TargetConfig, block: Block | None, mesh: Mesh, batch: int, context: int
 ) -> Program:
     """One token of every sequence without a draft."""
-    target = make_target(target_config)
-
-    def load() -> Any:
-        return target.prepare(_zeros(nnx.state(shape_of(target_config), nnx.Param), dtype))
-
-    weights = _weights(mesh, jax.eval_shape(load))
+    target = make_target(config, mesh)
+    prepared = jax.eval_shape(target.prepare, target_params(config, block))
+    weights = placed(mesh, prepared, family(config))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-
-    def empty() -> DecodeState:
-        cache = target.init_cache(batch, context, dtype)
-        zeros = jnp.zeros(batch, jnp.int32)
-        return DecodeState(zeros, zeros, jnp.ones(batch, bool), _zeros(keys), (), cache)
-
-    state = _state(mesh, jax.eval_shape(empty), target_config)
-    step = jax.jit(partial(plain_step, target), donate_argnums=(1,))
+    state = jax.eval_shape(partial(plain_state, target, capacity=context, dtype=TYPE), keys=keys)
+    state = state_on(mesh, state, config)
+    step = jax.jit(partial(plain_step, target), donate_argnums=1)
     return Program(step, weights, state, state.target_cache, (), (), 1)
 
 
@@ -117,50 +98,40 @@ def plain_step(target: Target, weights: Any, state: DecodeState) -> tuple[Decode
     return state._replace(anchor=token, length=state.length + 1, target_cache=cache), token
 
 
-def _zeros(tree: Any, dtype: Any = None) -> Any:
-    """Arrays of these shapes, inside a trace; floats in `dtype` where it is given."""
+def target_params(config: TargetConfig, block: Block | None) -> Any:
+    """Shapes of a target's parameters as they are loaded: FP8 where published files have FP8."""
+    stored = {e.path for e in entries(config) if block and STORED_FP8.search(e.name)}
 
-    def zero(leaf: Any) -> Any:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.split(jax.random.key(0), leaf.shape)
-        return jnp.zeros(leaf.shape, leaf.dtype if dtype is None else dtype)
+    def kept(path: Any, param: Any) -> Any:
+        if block is None or path not in stored:
+            return jax.ShapeDtypeStruct(param.shape, kept_type(path, TYPE))
+        scales = jax.ShapeDtypeStruct(scale_shape(param.shape, block), jnp.float32)
+        return BlockScaled(jax.ShapeDtypeStruct(param.shape, FP8), scales, block[::-1])
 
-    return jax.tree.map(zero, tree)
-
-
-def _shape(size: int, dtype: Any, sharding: NamedSharding) -> Any:
-    return jax.ShapeDtypeStruct((size,), dtype, sharding=sharding)
-
-
-def _weights(mesh: Mesh, tree: Any) -> Any:
-    """The last axis of a matrix that divides evenly lies on the tensor axis; all else is whole."""
-
-    def place(leaf: Any) -> Any:
-        axes: list[Any] = [None] * leaf.ndim
-        for axis in reversed(range(leaf.ndim) if leaf.ndim > 1 else ()):
-            if leaf.shape[axis] % (128 * mesh.shape[TENSOR]) == 0:
-                axes[axis] = TENSOR
-                break
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
-        )
-
-    return jax.tree.map(place, tree)
+    flat = nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param))
+    return nnx.from_flat_state([(path, param.replace(kept(path, param))) for path, param in flat])
 
 
-def _state(mesh: Mesh, state: DecodeState, config: TargetConfig) -> DecodeState:
-    """Sequences on the data axis; heads are few or one and stay whole."""
+def narrow(tree: Any) -> Any:
+    """The same shapes in bfloat16."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, TYPE), tree)
 
-    def place(tree: Any, behind: int) -> Any:
-        """`behind`: axes after that of the sequences."""
 
-        def one(leaf: Any) -> Any:
-            spec = PartitionSpec(*(None,) * (leaf.ndim - behind - 1), DATA)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+def placed(mesh: Mesh, tree: Any, table: Any) -> Any:
+    """Shapes with their shardings."""
 
-        return jax.tree.map(one, tree)
+    def place(leaf: Any, lie: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lie)
 
-    return place(state, 0)._replace(
-        target_cache=place(state.target_cache, 2 if isinstance(config, GlmConfig) else 3),
-        draft_cache=place(state.draft_cache, 3),
+    return jax.tree.map(place, tree, tree_shardings(mesh, tree, table))
+
+
+def state_on(mesh: Mesh, state: DecodeState, config: TargetConfig) -> DecodeState:
+    """Sequences are shared out over the groups of devices, heads within each."""
+    row = NamedSharding(mesh, PartitionSpec(DATA))
+    rest = state._replace(target_cache=(), draft_cache=())
+    rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row), rest)
+    return rest._replace(
+        target_cache=placed(mesh, state.target_cache, family(config)),
+        draft_cache=placed(mesh, state.draft_cache, "draft"),
     )
