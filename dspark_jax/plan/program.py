@@ -149,13 +149,16 @@ def _weights(mesh: Mesh, tree: Any) -> Any:
 
 
 def _state(mesh: Mesh, state: DecodeState, config: TargetConfig) -> DecodeState:
-    """Sequences on the data axis; heads are few or one and stay whole."""
+    """Sequences on the data axis, heads on the tensor axis where they divide evenly."""
 
     def place(tree: Any, behind: int) -> Any:
-        """`behind`: axes after that of the sequences."""
+        """`behind`: axes after that of the sequences; of three the first is that of heads."""
 
         def one(leaf: Any) -> Any:
-            spec = PartitionSpec(*(None,) * (leaf.ndim - behind - 1), DATA)
+            axes: list[Any] = [*(None,) * (leaf.ndim - behind - 1), DATA]
+            if behind == 3 and leaf.shape[-3] % mesh.shape[TENSOR] == 0:
+                axes.append(TENSOR)
+            spec = PartitionSpec(*axes)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree.map(one, tree)
