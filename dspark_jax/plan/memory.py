@@ -54,15 +54,14 @@ def held_weights(tree: Any) -> Iterator[Held]:
 
 
 def beyond_arguments(stats: Any, argument_bytes: int) -> int:
-    """What the compiler's memory analysis finds beyond arguments of these bytes."""
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
-    return max(0, total - argument_bytes)
+    """What the compiler's memory analysis finds beyond arguments of these bytes.
+
+    Arguments take more than their bytes where they are padded to tiles, and none where the program
+    does not use them.
+    """
+    padding = max(0, stats.argument_size_in_bytes - argument_bytes)
+    fresh = max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    return padding + fresh + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
 def refused_bytes(message: str) -> int | None:

@@ -23,10 +23,11 @@ from dspark_jax.plan.memory import (
     tree_bytes,
 )
 from dspark_jax.plan.models import find_models
-from dspark_jax.plan.program import Program, decode_program, plain_program, plan_mesh
+from dspark_jax.plan.program import Program, decode_program, plain_program
 from dspark_jax.plan.report import show
 from dspark_jax.plan.settings import PlanSettings, check, tensor_size
 from dspark_jax.plan.topology import devices_of
+from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.weights import entries
 
 
@@ -37,15 +38,15 @@ def run(settings: PlanSettings) -> Plan:
     models = find_models(settings.target, settings.draft)
     heads = models.target.num_attention_heads
     tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, heads)
-    mesh = plan_mesh(devices_of(machine), tensor)
+    mesh = target_mesh(devices_of(machine), tensor)
     target = target_needs(
         ((e.name, e.shape) for e in entries(models.target)), models.target, models.block
     )
     drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
     sizes = (settings.batch, settings.context)
     with Console(stderr=True).status(f"compiling two steps for {machine.name}"):
-        plain = plain_program(models.target, mesh, *sizes)
-        fast = decode_program(models.target, models.draft, mesh, *sizes)
+        plain = plain_program(models.target, models.block, mesh, *sizes)
+        fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
         plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
         fast_step, memory = measure(
             machine, settings, fast, (target, drafter), settings.acceptance_length

@@ -170,3 +170,33 @@ def test_an_update_through_a_fusion_is_in_place():
     fused = next(o for o in cost.operations if o.name.startswith("f "))
     assert fused.bytes == 2 * 2 * 64 * 4 + 4
     assert cost.reads[0] == 100 * 64 * 4  # the cache as the sum reads it, after the update
+
+
+def test_a_slice_of_what_a_fusion_lays_out_anew_is_a_slice():
+    text = dedent(
+        """\
+        HloModule m
+
+        %copied (q: bf16[36,64,64]) -> bf16[36,64,64] {
+          %q = bf16[36,64,64]{2,1,0} parameter(0)
+          ROOT %t = bf16[36,64,64]{1,2,0} copy(%q)
+        }
+
+        %fused (w: bf16[36,64,64], i: s32[]) -> bf16[1,64,64] {
+          %w = bf16[36,64,64]{2,1,0} parameter(0)
+          %n = bf16[36,64,64]{1,2,0} fusion(%w), kind=kLoop, calls=%copied
+          %i = s32[] parameter(1)
+          %zero = s32[] constant(0)
+          ROOT %s = bf16[1,64,64]{1,2,0} dynamic-slice(%n, %i, %zero, %zero)
+        }
+
+        ENTRY %main (a: bf16[36,64,64], j: s32[]) -> bf16[1,64,64] {
+          %a = bf16[36,64,64]{2,1,0} parameter(0)
+          %j = s32[] parameter(1)
+          ROOT %f = bf16[1,64,64]{1,2,0} fusion(%a, %j), kind=kLoop, calls=%fused
+        }
+        """
+    )
+    cost = account(text)
+    assert cost.reads[0] == 64 * 64 * 2
+    assert cost.bytes == 2 * 64 * 64 * 2 + 4

@@ -9,6 +9,7 @@ from dspark_jax.plan.hlo.text import Computation, Instruction, Module
 
 SLICING = ("dynamic-slice", "gather", "slice")
 UPDATING = ("dynamic-update-slice", "scatter")
+PASSING = ("bitcast", "convert", "copy", "reshape", "transpose")
 ALIASED = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 
 
@@ -99,8 +100,8 @@ def _read(module: Module, inner: Computation, one: Instruction, updated: bool) -
     """Bytes read of a value inside a fusion; of one that is updated, not what is overwritten."""
     full, total = _size(one), 0
     for user in inner.users[one.name]:
-        if user.opcode == "bitcast" and user.name != inner.root:
-            total += _read(module, inner, user, updated)
+        if user.name != inner.root and one.name in _passed(module, user):
+            total += _read(module, inner, user, updated) * full // max(1, _size(user))
         elif user.opcode in SLICING and user.operands.count(one.name) == 1:
             first = user.operands[0] == one.name
             total += _size(user) if first else full
@@ -113,6 +114,19 @@ def _read(module: Module, inner: Computation, one: Instruction, updated: bool) -
         else:
             return full
     return min(total, full)
+
+
+def _passed(module: Module, one: Instruction) -> tuple[str, ...]:
+    """What an instruction hands on element by element, so that a slice of it needs a slice."""
+    if one.opcode in PASSING:
+        return one.operands
+    if one.opcode != "fusion":
+        return ()
+    inner = module.called(one)
+    seen = inner[inner.root]
+    while seen.opcode in PASSING:
+        seen = inner[seen.operands[0]]
+    return (one.operands[int(seen.inside)],) if seen.opcode == "parameter" else ()
 
 
 def _size(one: Instruction) -> int:
