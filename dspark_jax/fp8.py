@@ -44,15 +44,35 @@ class BlockScaled:
     scales: Any
     """float32 [*lead, ceil(in / rows), ceil(out / columns)]."""
     block: Block = field(metadata={"static": True})
+    layer: Any = None
+    """The one meant of matrices stacked along a first axis that is not counted in `shape`.
+
+    A scan over layers keeps its stack and changes this number: a part of the stack that an inner
+    loop reads block by block would be copied out of it first.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrices that this stands for."""
-        return self.values.shape
+        return self.values.shape if self.layer is None else self.values.shape[1:]
 
     def __getitem__(self, index: Any) -> "BlockScaled":
         """Some of the stacked matrices; `...` is all of them."""
-        return self if index is ... else jax.tree.map(lambda array: array[index], self)
+        if index is ...:
+            return self
+        own = alone(self)
+        return BlockScaled(own.values[index], own.scales[index], self.block)
+
+
+def alone(scaled: BlockScaled) -> BlockScaled:
+    """The matrices meant, taken out of their stack."""
+    if scaled.layer is None:
+        return scaled
+
+    def own(stack: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(stack, scaled.layer, keepdims=False)
+
+    return BlockScaled(own(scaled.values), own(scaled.scales), scaled.block)
 
 
 def saturate(x: Float[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
@@ -71,6 +91,7 @@ def quantise(kernel: Float[Array, "*lead i o"], block: Block) -> BlockScaled:
 
 def dequantise(scaled: BlockScaled, dtype: DTypeLike) -> Float[Array, "*lead i o"]:
     """The matrices themselves, multiplied in float32 and rounded once to `dtype`."""
+    scaled = alone(scaled)
     scales = _spread(scaled.scales, scaled.block, scaled.shape)
     return (scaled.values.astype(jnp.float32) * scales).astype(dtype)
 
@@ -133,19 +154,27 @@ def _by_blocks(
 ) -> Float[Array, "R o"]:
     """The sum over blocks of rows of `product(x's columns, kernel's rows)` times its scales."""
     (*lead, size_in, size_out), (rows, columns) = kernel.shape, kernel.block
-    count = -(-size_in // rows)
-    values, axis = kernel.values, len(lead)
+    count, axis = -(-size_in // rows), len(lead)
     if size_in % rows:
-        filling = (0, count * rows - size_in)
+        kernel, filling = alone(kernel), (0, count * rows - size_in)
+        values = jnp.pad(kernel.values, ((0, 0),) * axis + (filling, (0, 0)))
+        kernel = BlockScaled(values, kernel.scales, kernel.block)
         x = jnp.pad(x, ((0, 0), filling))
-        values = jnp.pad(values, ((0, 0),) * axis + (filling, (0, 0)))
+    stacked = kernel.layer is not None
+
+    def cut(array: Array, start: Any, size: int) -> Array:
+        front, ones = ((kernel.layer,), (1,)) if stacked else ((), ())
+        shape = (*lead, size, array.shape[-1])
+        zeros = (0,) * axis
+        return jax.lax.dynamic_slice(array, (*front, *zeros, start, 0), (*ones, *shape)).reshape(
+            shape
+        )
 
     def add(i: Any, total: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(x, i * rows, rows, 1)
-        block = jax.lax.dynamic_slice_in_dim(values, i * rows, rows, axis)
-        scales = jax.lax.dynamic_index_in_dim(kernel.scales, i, axis, keepdims=False)
+        scales = cut(kernel.scales, i, 1)[..., 0, :]
         spread = jnp.repeat(scale(scales), columns, axis=-1)[..., :size_out]
-        return total + product(part, block) * spread
+        return total + product(part, cut(kernel.values, i * rows, rows)) * spread
 
     zero = jnp.zeros((len(x), size_out), jnp.float32)
     return jax.lax.fori_loop(0, count, add, zero)
@@ -157,6 +186,7 @@ def matmul_w8a8(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array,
     The portable reference: each block's products are exact and summed in float32, then scaled and
     summed in float32. Holds ceil(i / rows) partial results at a time.
     """
+    kernel = alone(kernel)
     (size_in, size_out), (rows, columns) = kernel.shape, kernel.block
     tokens = quantise_activations(x.reshape(-1, size_in), rows)
     # bfloat16 holds every e4m3 number, and every accelerator multiplies it exactly.

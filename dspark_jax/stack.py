@@ -6,11 +6,14 @@ A model of unlike layers is cut into groups, each a short unit of layers that re
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from dspark_jax.fp8 import BlockScaled
 
 LONGEST_UNIT = 8
 
@@ -96,17 +99,46 @@ def run_layers(
             continue
         graphdef, params = nnx.split(unit)
 
-        def repeat(carry: Any, scanned: Any, graphdef: Any = graphdef) -> tuple[Any, Any]:
-            params, given = scanned
+        sliced, whole = take_apart(params)
+
+        def repeat(
+            carry: Any, scanned: Any, graphdef: Any = graphdef, whole: Whole = whole
+        ) -> tuple[Any, Any]:
+            sliced, given, number = scanned
+            members = nnx.merge(graphdef, whole(sliced, number), copy=True)
             collected = []
-            for layer, value in zip(nnx.merge(graphdef, params, copy=True), given, strict=True):
+            for layer, value in zip(members, given, strict=True):
                 carry, output = step(layer, carry, value)
                 collected.append(output)
             return carry, tuple(collected)
 
-        carry, output = jax.lax.scan(repeat, carry, (params, tuple(given)))
+        numbered = (sliced, tuple(given), jnp.arange(group.repeats))
+        carry, output = jax.lax.scan(repeat, carry, numbered)
         outputs.append(output)
     return carry, outputs
+
+
+Whole = Callable[[list[Any], Any], Any]
+
+
+def take_apart(stacked: Any) -> tuple[list[Any], Whole]:
+    """What a scan slices of stacked parameters, and `whole(slices, number)`, one layer's again.
+
+    Block-scaled matrices stay stacked, and know their layer.
+    """
+    leaves, tree = jax.tree.flatten(stacked, is_leaf=lambda x: isinstance(x, BlockScaled))
+    sliced = [leaf for leaf in leaves if not isinstance(leaf, BlockScaled)]
+
+    def whole(slices: list[Any], number: Any) -> Any:
+        rest = iter(slices)
+        scaled = (isinstance(leaf, BlockScaled) for leaf in leaves)
+        found = [
+            replace(leaf, layer=number) if stays else next(rest)
+            for leaf, stays in zip(leaves, scaled, strict=True)
+        ]
+        return jax.tree.unflatten(tree, found)
+
+    return sliced, whole
 
 
 def run_cached(
@@ -129,17 +161,20 @@ def run_cached(
             kept.append((cache,))
             continue
         graphdef, params = nnx.split(unit)
+        sliced, whole = take_apart(params)
 
-        def repeat(state: Any, scanned: Any, graphdef: Any = graphdef) -> tuple[Any, None]:
-            (carry, caches), (params, given, number) = state, scanned
+        def repeat(
+            state: Any, scanned: Any, graphdef: Any = graphdef, whole: Whole = whole
+        ) -> tuple[Any, None]:
+            (carry, caches), (sliced, given, number) = state, scanned
             after = []
-            members = nnx.merge(graphdef, params, copy=True)
+            members = nnx.merge(graphdef, whole(sliced, number), copy=True)
             for layer, value, cache in zip(members, given, caches, strict=True):
                 carry, cache = step(layer, carry, value, cache, number)
                 after.append(cache)
             return (carry, tuple(after)), None
 
-        numbered = (params, tuple(given), jnp.arange(group.repeats))
+        numbered = (sliced, tuple(given), jnp.arange(group.repeats))
         (carry, cached), _ = jax.lax.scan(repeat, (carry, tuple(cached)), numbered)
         kept.append(cached)
     return carry, tuple(kept)

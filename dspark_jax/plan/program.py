@@ -13,8 +13,8 @@ from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.draft_weights import abstract_drafter
 from dspark_jax.fp8 import BlockScaled
-from dspark_jax.loop import Request, Weights, decode_step, init_state
 from dspark_jax.generation import plain_state
+from dspark_jax.loop import Request, Weights, decode_step, init_state
 from dspark_jax.plan.floor import STORED_FP8
 from dspark_jax.sharding import DATA, tree_shardings
 from dspark_jax.targets.families import make_target
@@ -66,9 +66,15 @@ def decode_program(
         placed(mesh, jax.eval_shape(target.frozen, params), "draft"),
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    state = jax.eval_shape(partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys)
+    state = jax.eval_shape(
+        partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys
+    )
     state = state_on(mesh, state, target_config)
-    row = partial(jax.ShapeDtypeStruct, (batch,), sharding=NamedSharding(mesh, PartitionSpec(DATA)))
+    lie = NamedSharding(mesh, PartitionSpec(DATA))
+
+    def row(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((batch,), dtype, sharding=lie)
+
     request = Request(row(jnp.int32), row(jnp.float32), row(jnp.int32))
     step = jax.jit(partial(decode_step, target, draft), donate_argnums=1)
     cache, width = (state.target_cache, state.draft_cache), draft_config.draft_length + 1
@@ -106,7 +112,7 @@ def target_params(config: TargetConfig, block: Block | None) -> Any:
         if block is None or path not in stored:
             return jax.ShapeDtypeStruct(param.shape, kept_type(path, TYPE))
         scales = jax.ShapeDtypeStruct(scale_shape(param.shape, block), jnp.float32)
-        return BlockScaled(jax.ShapeDtypeStruct(param.shape, FP8), scales, block[::-1])
+        return BlockScaled(jax.ShapeDtypeStruct(param.shape, FP8), scales, (block[1], block[0]))
 
     flat = nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param))
     return nnx.from_flat_state([(path, param.replace(kept(path, param))) for path, param in flat])

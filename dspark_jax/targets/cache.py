@@ -48,6 +48,18 @@ class Cached(NamedTuple):
             lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.arrays
         )
 
+    def read_rows(self, start: Any, size: int) -> Any:
+        """`size` rows of this layer's arrays [B C …] from `start` on, read where they lie."""
+
+        def cut(x: Array) -> Array:
+            if self.layer is None:
+                return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+            begin = (self.layer, 0, start, *(0,) * (x.ndim - 3))
+            shape = (x.shape[1], size, *x.shape[3:])
+            return jax.lax.dynamic_slice(x, begin, (1, *shape)).reshape(shape)
+
+        return jax.tree.map(cut, self.arrays)
+
 
 def write_rows(cached: Memory, new: Memory, position: Int[Array, "B S"], *front: Any) -> Memory:
     """Arrays [… B C …] with `new` [B S …] at `position`; one past the capacity is dropped."""

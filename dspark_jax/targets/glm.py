@@ -19,6 +19,7 @@ from dspark_jax.targets.moe import Moe, Routing
 from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
 from dspark_jax.types import Rows, TargetStates
 
+Memory = LayerCache | Cached
 Attend = Callable[..., tuple[Float[Array, "B T D"], Any]]
 
 
@@ -52,20 +53,20 @@ class GlmLayer(nnx.Module):
         slot: Any,
         angle: Float[Array, "B T half"],
         visible: Bool[Array, "B T C"],
-        remember: Callable[[LayerCache], tuple[LayerCache, Any]],
+        remember: Callable[[LayerCache], Memory],
         attend: Attend,
         spread: Spread,
-    ) -> tuple[Carry, Choices, Any]:
-        """The carry after this layer; `remember(new)` is what rows attend to and what is kept."""
+    ) -> tuple[Carry, Choices, Memory]:
+        """The carry after this layer; `remember(new)` is what rows attend to, and comes back."""
         normed = self.input_layernorm(carry.x)
         query = self.self_attn.query(normed, angle)
-        memory, kept = remember(self.self_attn.memory(normed, angle))
+        memory = remember(self.self_attn.memory(normed, angle))
         scores, selected = _select(self, normed, query.latent, memory, angle, visible, carry)
         update, attention = attend(self.self_attn, query, memory, selected)
         x = carry.x + spread.sum(update)
         update, routing = self.feed_forward(x, spread)
         carry = leave(carry, x + update, selected, slot)
-        return carry, Choices(routing, scores, selected, attention), kept
+        return carry, Choices(routing, scores, selected, attention), memory
 
 
 class Glm(nnx.Module):
@@ -92,7 +93,7 @@ class Glm(nnx.Module):
         angle = self._angles(position)
 
         def step(layer: GlmLayer, carry: Carry, slot: Any) -> tuple[Carry, Choices]:
-            given = (angle, visible, lambda new: (new, None), Mla.attend_expanded, spread)
+            given = (angle, visible, lambda new: new, Mla.attend_expanded, spread)
             carry, choices, _ = layer(carry, slot, *given)
             return carry, choices
 
@@ -114,13 +115,13 @@ class Glm(nnx.Module):
         def step(
             layer: GlmLayer, carry: Carry, slot: Any, cache: LayerCache, repeat: Any
         ) -> tuple[Carry, LayerCache]:
-            def remember(new: LayerCache) -> tuple[LayerCache, LayerCache]:
-                cached = Cached(cache, repeat).write(new, rows.position)
-                return cached.read(), cached.arrays
+            def remember(new: LayerCache) -> Cached:
+                return Cached(cache, repeat).write(new, rows.position)
 
             given = (angle, visible, remember, Mla.attend_absorbed, spread)
-            carry, _, kept = layer(carry, slot, *given)
-            return carry, kept
+            carry, _, cached = layer(carry, slot, *given)
+            assert isinstance(cached, Cached)
+            return carry, cached.arrays
 
         carry = self._enter(rows.tokens, visible, spread)
         carry, cache = run_cached(self.groups, self.layers, carry, self._slots(), cache, step)
@@ -169,18 +170,19 @@ def _select(
     layer: GlmLayer,
     normed: Float[Array, "B T D"],
     query_latent: Float[Array, "B T q"],
-    memory: LayerCache,
+    memory: Memory,
     angle: Float[Array, "B T half"],
     visible: Bool[Array, "B T C"],
     carry: Carry,
 ) -> tuple[Float[Array, "B T C"] | None, Bool[Array, "B T C"]]:
     """The keys every row attends to: chosen here, or the last choice where the layer shares it."""
     indexer = layer.self_attn.indexer
-    if indexer is None or memory.index_key is None:
+    index_key = (memory.read() if isinstance(memory, Cached) else memory).index_key
+    if indexer is None or index_key is None:
         return None, carry.selected
     # The choice carries no gradient: the indexer learns from its own loss on these scores.
     scores = indexer.scores(
-        jax.lax.stop_gradient(normed), jax.lax.stop_gradient(query_latent), memory.index_key, angle
+        jax.lax.stop_gradient(normed), jax.lax.stop_gradient(query_latent), index_key, angle
     )
     top = select_top(jax.lax.stop_gradient(scores), visible, layer.self_attn.config.index_topk)
     return scores, top

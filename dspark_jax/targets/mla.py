@@ -1,6 +1,6 @@
 """Multi-head latent attention: keys and values of all heads compressed into one cached latent."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,11 @@ from dspark_jax.block_attention import attend_tiled
 from dspark_jax.config import GlmConfig
 from dspark_jax.fp8 import BlockScaled, dequantise
 from dspark_jax.layers import Linear, RMSNorm, masked_softmax, product, rotate_interleaved
+from dspark_jax.targets.cache import Cached
 from dspark_jax.targets.indexer import Indexer
 
+TILE = 16384
+"""Rows of a memory whose scores exist at a time."""
 LARGEST_SCORES = 1 << 27
 """Elements of a layer's attention scores up to which all of them are held at once."""
 
@@ -92,7 +95,7 @@ class Mla(nnx.Module):
         return self.o_proj(out.reshape(*out.shape[:2], -1)), probs
 
     def attend_absorbed(
-        self, query: Query, memory: LayerCache, visible: Bool[Array, "B S C"]
+        self, query: Query, memory: Cached, visible: Bool[Array, "B S C"]
     ) -> tuple[Float[Array, "B S D"], None]:
         """Attention in the latent space, where all heads read the same memory: fewest bytes.
 
@@ -116,15 +119,37 @@ class Mla(nnx.Module):
 def mix_latents(
     latent: Float[Array, "B S H r"],
     rope: Float[Array, "B S H p"],
-    memory: LayerCache,
+    memory: Cached,
     visible: Bool[Array, "B S C"],
     scale: float,
+    tile: int = TILE,
 ) -> Float[Array, "B S H r"]:
-    """What every head's query takes from the cached latents, in float32."""
-    scores = product("bshr,bcr->bshc", latent, memory.latent)
-    scores = scores + product("bshp,bcp->bshc", rope, memory.rope)
-    probs = masked_softmax(scores * scale, visible[:, :, None]).astype(memory.latent.dtype)
-    return product("bshc,bcr->bshr", probs, memory.latent)
+    """What every head's query takes from the cached latents, in float32.
+
+    Tiles are not a loop of the program: XLA would copy the whole cache to loop over it.
+    """
+    capacity = visible.shape[-1]
+    tile = tile if capacity % tile == 0 else capacity
+    lead = latent.shape[:3]
+
+    def add(i: Any, carry: Any) -> Any:
+        total, largest, summed = carry
+        part = memory.read_rows(i * tile, tile)
+        seen = jax.lax.dynamic_slice_in_dim(visible, i * tile, tile, 2)[:, :, None]
+        scores = product("bshr,bcr->bshc", latent, part.latent)
+        scores = (scores + product("bshp,bcp->bshc", rope, part.rope)) * scale
+        scores = jnp.where(seen, scores, -jnp.inf)
+        top = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weight, old = jnp.exp(scores - top[..., None]), jnp.exp(largest - top)
+        mixed = product("bshc,bcr->bshr", weight.astype(part.latent.dtype), part.latent)
+        return total * old[..., None] + mixed, top, summed * old + jnp.sum(weight, axis=-1)
+
+    lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)  # and not -inf: old would have no value
+    carry = jnp.zeros(latent.shape, jnp.float32), lowest, jnp.zeros(lead)
+    for i in range(capacity // tile):
+        carry = add(i, carry)
+    total, _, summed = carry
+    return total / jnp.maximum(summed, 1e-30)[..., None]
 
 
 def _tiled(

@@ -73,15 +73,22 @@ def expected(folder: Path, **config: Any) -> Any:
 def test_parameters_are_the_checkpoints(
     folder: Path, mesh: tuple[int, int], unroll: int, request: pytest.FixtureRequest
 ) -> None:
+    if is_fp8(folder) and mesh == (4, 2):
+        with pytest.raises(ValueError, match="cuts blocks of 16 x 9"):
+            load(folder, mesh, unroll_layers=unroll)
+        return
     ours = load(folder, mesh, unroll_layers=unroll)
     theirs = expected(folder, unroll_layers=unroll)
     for mine, wanted in zip(leaves(ours), leaves(theirs), strict=True):
         assert len(jax.tree.leaves(mine)[0].sharding.device_set) == mesh[0] * mesh[1]
         plain = dequantise(mine, jnp.float32) if isinstance(mine, BlockScaled) else mine
         np.testing.assert_array_equal(plain, wanted)
-    stored_so = "weight_block_size" in (folder / "config.json").read_text()
     kept = any(isinstance(leaf, BlockScaled) for leaf in leaves(ours))
-    assert kept == (stored_so and mesh != (1, 1))
+    assert kept == (is_fp8(folder) and mesh != (1, 1))
+
+
+def is_fp8(folder: Path) -> bool:
+    return "weight_block_size" in (folder / "config.json").read_text()
 
 
 def leaves(tree: Any) -> list[Any]:
