@@ -76,7 +76,8 @@ def _replay(
     capacity = tokens.shape[1]
     order = jnp.arange(capacity)
     prepared = target.prepare(params)
-    cache = target.init_cache(1, capacity, jnp.float32)
+    dtype = jnp.result_type(target.frozen(params).embed)
+    cache = target.init_cache(1, capacity, dtype)
     cache, _ = target.extend(
         prepared, cache, Rows(tokens, jnp.where(order < start, order, capacity)[None])
     )
@@ -89,7 +90,7 @@ def _replay(
         cache, states = target.extend(prepared, cache, rows)
         return (cache, hidden.at[position].set(states.final_hidden[0], mode="drop")), None
 
-    nothing = jnp.zeros((capacity, target.config.hidden_size))
+    nothing = jnp.zeros((capacity, target.config.hidden_size), dtype)
     chunks = jnp.arange(-(-capacity // width))
     return jax.lax.scan(chunk, (cache, nothing), chunks)[0][1]
 

@@ -1,6 +1,5 @@
 """What a draft is worth: validation on held-out conversations, then real decoding of prompts."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from rich.console import Console
 
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import dspark_draft
-from dspark_jax.loop import prepare_weights
+from dspark_jax.loop import Weights, prepare_weights
 from dspark_jax.train.data import Data
 from dspark_jax.train.divergence import NEAR_TIE, explain
 from dspark_jax.train.files import LoadedTarget
@@ -18,24 +17,25 @@ from dspark_jax.train.progress import Bar
 from dspark_jax.train.served import Programs, make_programs, measure
 from dspark_jax.train.trainer import Job
 from dspark_jax.train.validation import make_validator
+from dspark_jax.types import Frozen
 
 
 def prove(
     job: Job, loaded: LoadedTarget, params: Any, data: Data, console: Console
 ) -> dict[str, Any]:
     """Validation, then real decoding of held-out prompts, greedy and at temperature 1."""
-    settings, config, target, frozen = job.settings, job.config, job.target, job.frozen
+    settings, config, target = job.settings, job.config, job.target
     batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
     validation = make_validator(job)(params, batches)
-    draft = dspark_draft(config)
     programs = make_programs(
         target,
-        draft,
-        jax.jit(partial(prepare_weights, target, draft))(loaded.params, params, frozen),
+        dspark_draft(config),
+        weights(job, params),
         settings.prompt_tokens,
         settings.answer_tokens,
         loaded.ends,
         settings.seed,
+        settings.compute_dtype,
     )
     served = serve(programs, config, data, console)
     for found in served["greedy"]["one_token_program_divergences"]:
@@ -58,6 +58,17 @@ def prove(
         "served": served,
         "reliability": validation.reliability,
     }
+
+
+def weights(job: Job, params: Any) -> Weights:
+    """Target and draft laid out for decoding, both in the type they were trained in."""
+
+    def prepare(target_params: Any, params: Any, frozen: Frozen) -> Weights:
+        draft, dtype = dspark_draft(job.config), job.settings.compute_dtype
+        cast = jax.tree.map(lambda x: x.astype(dtype), params)
+        return prepare_weights(job.target, draft, target_params, cast, frozen)
+
+    return jax.jit(prepare)(job.target_params, params, job.frozen)
 
 
 def holds(served: dict[str, Any]) -> bool:

@@ -35,6 +35,7 @@ def regenerate(
         "prompt_tokens": settings.prompt_tokens,
         "answer_tokens": settings.answer_tokens,
         "seed": settings.seed,
+        "compute_dtype": settings.compute_dtype,
     }
     files = [folder / "train.jsonl", folder / "held_out.jsonl"]
     begin(folder, recipe, files)
@@ -46,7 +47,8 @@ def regenerate(
         again = -(-settings.conversations // len(train)) if train else 1
         wanted = [(train * again)[: settings.conversations], fit(prompts.held_out, wanted=kept)]
         make = partial(answers, target, loaded.params, loaded.tokenizer)
-        sizes = (settings.prompt_tokens, settings.answer_tokens, loaded.ends, BATCH, settings.seed)
+        sizes = (settings.prompt_tokens, settings.answer_tokens, loaded.ends, BATCH)
+        sizes = (*sizes, settings.seed, settings.compute_dtype)
         total, done, made = sum(map(len, wanted)), 0, 0
         for path, texts in zip(files, wanted, strict=True):
             for count, tokens in complete(path, texts, partial(make, texts, *sizes)):

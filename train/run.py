@@ -1,6 +1,5 @@
 """The main job: target, data, training, validation, proof, report."""
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,9 +8,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from dspark_jax.config import DraftConfig, MeshConfig
+from dspark_jax.config import DraftConfig
 from dspark_jax.draft import init_draft_params
-from dspark_jax.sharding import make_mesh
 from dspark_jax.targets.families import make_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.checks import check_batch, check_settings
@@ -19,12 +17,20 @@ from dspark_jax.train.command_line import command, going_on
 from dspark_jax.train.config_file import write_config
 from dspark_jax.train.conversations import read_conversations
 from dspark_jax.train.data import Data, describe, frequent_ids, load_data
+from dspark_jax.train.devices import (
+    check_memory,
+    device_bytes,
+    gigabytes,
+    make_meshes,
+    needed_bytes,
+)
 from dspark_jax.train.draft_files import WarmStart, save_draft, warm_start
 from dspark_jax.train.files import (
     LoadedTarget,
     embedded,
-    load_target,
+    find_target,
     mask_token,
+    read_target,
     target_fingerprint,
 )
 from dspark_jax.train.inspect_data import inspect
@@ -55,17 +61,19 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
     settings, console = given.settings, Console(soft_wrap=True)
     check_settings(settings)
     examples = None if settings.data is None else read_conversations(settings.data)
-    loaded = load_target(settings.target or embedded("tiny-glm"), settings.draft.aux_layer_ids)
-    config = draft_config(settings.draft, loaded.config, mask_token(loaded))
-    start = starting_point(settings, config, loaded, console)
-    target, mesh = (
-        make_target(loaded.config),
-        make_mesh(settings.mesh, settings.batch_rows // settings.accumulate),
-    )
-    check_batch(settings, mesh)
+    found = find_target(settings.target or embedded("tiny-glm"), settings.draft.aux_layer_ids)
+    config = draft_config(settings.draft, found.config, mask_token(found))
+    target, meshes = make_target(found.config), make_meshes(settings)
+    check_batch(settings, meshes.draft)
+    needed = needed_bytes(settings, found.config, config, meshes)
+    check_memory(needed, device_bytes(meshes.draft))
+    start = starting_point(settings, config, console)
     place = untouched if given.inspect_data else claimed
     with stoppable() as stop, place(given) as where:
-        console.print(summary(loaded, start, config, mesh))
+        console.print(summary(found, start, config, meshes, needed))
+        with Bar(console, "target", ("GB/s",), gigabytes) as bar:
+            read = partial(report_bytes, bar)
+            loaded = read_target(found, meshes.target, settings.compute_dtype, read)
         if where.data is None and where.output == settings.output:
             stop.where = f"before training, answers made so far are kept in {where.output / 'data'}"
         with Bar(console, "answers", ("tokens/s",)) as bar:
@@ -78,14 +86,14 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
         target_id = start.target_id
         if target_id is None:
             target_id = frequent_ids(data.train, config.vocab_size, config.draft_vocab_size)
-        job = make_job(settings, config, target, source, mesh, loaded, target_id)
+        job = make_job(settings, config, target, source, meshes.draft, loaded, target_id)
         made_of = {
             "data_sha256": data.sha256,
             "target_sha256": target_fingerprint(loaded.folder),
         }
         state = init_state(job, start.params)
         trained = fit(given, arguments, job, state, data, made_of, console, stop)
-        report = finish(settings, config, target, loaded, target_id, trained, data, arguments)
+        report = finish(job, loaded, target_id, trained, data, arguments, console)
         closing(console, settings, report, arguments)
         return holds(report["served"])
 
@@ -118,24 +126,18 @@ def fit(
 
 
 def finish(
-    settings: TrainSettings,
-    config: DraftConfig,
-    target: Target,
+    job: Job,
     loaded: LoadedTarget,
     target_id: np.ndarray,
     trained: Trained,
     data: Data,
     arguments: Sequence[str],
+    console: Console,
 ) -> dict[str, Any]:
-    """Write the draft, prove it on one device, write the report."""
-    params = jax.device_put(jax.device_get(trained.params), jax.devices()[0])
-    folder = settings.output / "draft"
-    save_draft(folder, config, params, loaded, target_id)
-    console = Console(soft_wrap=True)
-    alone = dataclasses.replace(settings, mesh=MeshConfig(1, 1), compute_dtype="float32")
-    source = hidden_states.in_process(target)
-    job = make_job(alone, config, target, source, make_mesh(alone.mesh), loaded, target_id)
-    report = prove(job, loaded, params, data, console)
+    """Write the draft, prove it, write the report."""
+    settings, folder = job.settings, job.settings.output / "draft"
+    save_draft(folder, job.config, jax.device_get(trained.params), loaded, target_id)
+    report = prove(job, loaded, trained.params, data, console)
     reliability = report.pop("reliability")
     report |= {"target": loaded.folder.name, "checkpoint": str(folder), "steps": trained.best}
     report |= {"command": command(going_on(arguments)), "machine": machine()}
@@ -150,9 +152,7 @@ def finish(
     return report
 
 
-def starting_point(
-    settings: TrainSettings, config: DraftConfig, loaded: LoadedTarget, console: Console
-) -> WarmStart:
+def starting_point(settings: TrainSettings, config: DraftConfig, console: Console) -> WarmStart:
     """Fresh parameters, or those of `--warm-start`."""
     if settings.warm_start is None:
         return WarmStart(init_draft_params(config, settings.seed), None, ())
@@ -182,6 +182,12 @@ def states_source(
     stored = hidden_states.StoredStates(files, rows, settings.bad_states, console.print)
     stored.check(target, loaded.params)
     return stored.source()
+
+
+def report_bytes(bar: Bar, done_bytes: int, total_bytes: int) -> None:
+    """Progress of loading the target."""
+    speed = done_bytes / 1e9 / max(bar.seconds(), 1e-9)
+    bar.show(done_bytes, total_bytes, {"GB/s": round(speed, 3)})
 
 
 def report_answers(bar: Bar, done: int, total: int, tokens: int) -> None:

@@ -46,21 +46,25 @@ def make_programs(
     max_tokens: int,
     ends: tuple[int, ...],
     seed: int,
+    dtype: str,
 ) -> Programs:
-    """One sequence at a time: the prompt in one pass, then the answer without the host."""
+    """One sequence at a time: the prompt in one pass, then the answer without the host.
+
+    The caches are of the type of the weights, `dtype`.
+    """
     # A round may write a whole block past the last token.
     capacity = longest_prompt + max_tokens + draft.draft_length + 1
     stop = jnp.array(ends)
 
     def start(weights: Weights, prompt: Any, keys: Any) -> DecodeState:
-        state = init_state(target, draft, keys, capacity)
+        state = init_state(target, draft, keys, capacity, dtype)
         return prefill(target, draft, weights, state, *prompt_rows(*prompt, capacity))
 
     def speculative(weights: Weights, state: DecodeState, request: Request) -> Any:
         return generate(target, draft, weights, state, request, max_tokens, stop)
 
     def plain_start(prepared: Any, prompt: Any, keys: Any) -> DecodeState:
-        state = plain_state(target, keys, capacity)
+        state = plain_state(target, keys, capacity, dtype)
         return plain_prefill(target, prepared, state, *prompt_rows(*prompt, capacity))
 
     def plain(prepared: Any, state: DecodeState, request: Request) -> Any:

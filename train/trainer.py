@@ -18,7 +18,6 @@ from dspark_jax.draft import draft_graphdef
 from dspark_jax.losses import denominator
 from dspark_jax.metrics import Metrics, at_least_one, count, pair
 from dspark_jax.objective import Outcome, Part, Teacher, batch_loss, teacher_unembed
-from dspark_jax.targets.load import in_type
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.hidden_states import HiddenStates
 from dspark_jax.train.optimizer import make_optimizer
@@ -56,18 +55,19 @@ def make_job(
     loaded: LoadedTarget,
     target_id: np.ndarray,
 ) -> Job:
-    """The target's weights and tables in the type of the computation, placed on the mesh."""
-    shardings = sharding.tree_shardings(mesh, loaded.params)
-    params = jax.device_put(in_type(loaded.params, settings.compute_dtype), shardings)
-    frozen = frozen_tables(target, config, params, target_id)
-    frozen = jax.device_put(frozen, sharding.tree_shardings(mesh, frozen))
-    return Job(settings, config, target, source, mesh, params, frozen)
+    """What a step needs beside its state: the target as it was loaded, and the draft's tables."""
+    frozen = frozen_tables(target, config, mesh, loaded.params, target_id)
+    return Job(settings, config, target, source, mesh, loaded.params, frozen)
 
 
-def frozen_tables(target: Target, config: DraftConfig, params: Any, target_id: Any) -> Frozen:
-    """The tables a draft shares, cut to a reduced vocabulary."""
+def frozen_tables(
+    target: Target, config: DraftConfig, mesh: Mesh, params: Any, target_id: np.ndarray
+) -> Frozen:
+    """The tables a draft shares, cut to a reduced vocabulary, placed on the draft's mesh."""
     full = config.draft_vocab_size == config.vocab_size
-    return jax.jit(target.frozen)(params, None if full else jnp.asarray(target_id))
+    given = (params, None if full else target_id)
+    shardings = sharding.tree_shardings(mesh, jax.eval_shape(target.frozen, *given))
+    return jax.jit(target.frozen, out_shardings=shardings)(*given)
 
 
 Objective = Callable[..., tuple[Float[Array, ""], Outcome]]
