@@ -26,8 +26,15 @@ class Meshes(NamedTuple):
 
 
 def make_meshes(settings: TrainSettings) -> Meshes:
-    """ValueError when there are not as many devices as asked for."""
+    """ValueError when there are fewer devices than asked for, or a process has none of them."""
     mesh = make_mesh(settings.mesh, settings.batch_rows // settings.accumulate)
+    busy = len({device.process_index for device in mesh.devices.flat})
+    if busy < jax.process_count():
+        raise ValueError(
+            f"a mesh of {mesh.size} devices lies on {busy} of {jax.process_count()} processes; let "
+            f"--batch-rows be a multiple of all {jax.device_count()} devices, or start fewer "
+            "processes."
+        )
     return Meshes(draft=mesh, target=mesh)
 
 

@@ -13,6 +13,7 @@ from dspark_jax.generation import Generation, plain_generate, plain_prefill, pla
 from dspark_jax.loop import Request
 from dspark_jax.train import python_corpus
 from dspark_jax.train.conversations import Messages, prompt_tokens
+from dspark_jax.train.hosts import fetch
 from dspark_jax.types import Rows, Target
 
 
@@ -73,7 +74,7 @@ def answers(
         padded = prompts + [prompts[-1]] * (batch - len(prompts))
         keys = jax.random.split(jax.random.key(seed + start), batch)
         made = run(prepared, *pad_prompts(padded, longest_prompt), keys, jnp.array(ends))
-        tokens, count = np.asarray(made.tokens), np.asarray(made.length)
+        tokens, count = fetch((made.tokens, made.length))
         conversations: list[Messages] = []
         for i, messages in enumerate(asked):
             ids = [t for t in tokens[i, : count[i]] if t not in ends]

@@ -14,8 +14,8 @@ from dspark_jax.targets.families import make_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.checks import check_batch, check_settings
 from dspark_jax.train.command_line import command, going_on
-from dspark_jax.train.config_file import write_config
-from dspark_jax.train.conversations import read_conversations
+from dspark_jax.train.config_file import flat, to_json, write_config
+from dspark_jax.train.conversations import Example, read_conversations
 from dspark_jax.train.data import Data, describe, frequent_ids, load_data
 from dspark_jax.train.devices import (
     check_memory,
@@ -27,11 +27,21 @@ from dspark_jax.train.devices import (
 from dspark_jax.train.draft_files import WarmStart, save_draft, warm_start
 from dspark_jax.train.files import (
     LoadedTarget,
+    TargetFiles,
     embedded,
     find_target,
     mask_token,
     read_target,
     target_fingerprint,
+)
+from dspark_jax.train.hosts import (
+    any_process,
+    check_same,
+    fetch,
+    from_first,
+    leading,
+    together,
+    wait,
 )
 from dspark_jax.train.inspect_data import inspect
 from dspark_jax.train.loggers import read_records
@@ -49,6 +59,8 @@ from dspark_jax.train.transformers_speed import measure_transformers
 from dspark_jax.types import Target
 
 TRANSFORMERS_PROMPTS = 8
+FILES = ("data", "target", "hidden_states", "warm_start")
+"""Settings that may name other places on other hosts; what lies there is compared."""
 
 
 def run(given: Command, arguments: Sequence[str] = ()) -> bool:
@@ -58,18 +70,18 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
     again and goes on. False when the proof failed. Raises Stopped when a signal came; the Stop says
     what is kept.
     """
-    settings, console = given.settings, Console(soft_wrap=True)
-    check_settings(settings)
-    examples = None if settings.data is None else read_conversations(settings.data)
-    found = find_target(settings.target or embedded("tiny-glm"), settings.draft.aux_layer_ids)
+    settings, console = given.settings, Console(soft_wrap=True, quiet=not leading())
+    check_alike(given)
+    examples, found = together(lambda: read_inputs(settings))
     config = draft_config(settings.draft, found.config, mask_token(found))
     target, meshes = make_target(found.config), make_meshes(settings)
     check_batch(settings, meshes.draft)
     needed = needed_bytes(settings, found.config, config, meshes)
-    check_memory(needed, device_bytes(meshes.draft))
-    start = starting_point(settings, config, console)
+    together(lambda: check_memory(needed, device_bytes(meshes.draft)))
+    start = together(lambda: starting_point(settings, config, console))
     place = untouched if given.inspect_data else claimed
     with stoppable() as stop, place(given) as where:
+        stop.speaks = leading()
         console.print(summary(found, start, config, meshes, needed))
         with Bar(console, "target", ("GB/s",), gigabytes) as bar:
             read = partial(report_bytes, bar)
@@ -91,10 +103,12 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
             "data_sha256": data.sha256,
             "target_sha256": target_fingerprint(loaded.folder),
         }
+        check_same(made_of)
         state = init_state(job, start.params)
         trained = fit(given, arguments, job, state, data, made_of, console, stop)
         report = finish(job, loaded, target_id, trained, data, arguments, console)
         closing(console, settings, report, arguments)
+        wait("the end")
         return holds(report["served"])
 
 
@@ -112,13 +126,13 @@ def fit(
     settings = given.settings
     kept = f"kept in {settings.output / 'checkpoints'}"
     with Bar(console, "training", ("loss", "accept_len", "tokens/s")) as bar, stopping():
-        begin(given)
+        from_first(lambda: begin(given))
         stop.command = command(going_on(arguments))
         stop.where = f"in training, finished checkpoints are {kept}"
         trained = train(job, state, data, made_of, bar, console.print)
-        write_config(settings, settings.output / "config.json")
+        from_first(lambda: write_config(settings, settings.output / "config.json"))
         stop.where = f"at step {trained.step} of {settings.steps}, all saved"
-    if stop.wanted:
+    if any_process(stop.wanted):
         raise Stopped
     stop.where = f"in the proof, the trained draft is {kept}"
     console.print("validating, then decoding with the draft and without it; compiles first")
@@ -136,11 +150,25 @@ def finish(
 ) -> dict[str, Any]:
     """Write the draft, prove it, write the report."""
     settings, folder = job.settings, job.settings.output / "draft"
-    save_draft(folder, job.config, jax.device_get(trained.params), loaded, target_id)
+    params = fetch(trained.params)
+    from_first(lambda: save_draft(folder, job.config, params, loaded, target_id))
     report = prove(job, loaded, trained.params, data, console)
     reliability = report.pop("reliability")
     report |= {"target": loaded.folder.name, "checkpoint": str(folder), "steps": trained.best}
     report |= {"command": command(going_on(arguments)), "machine": machine()}
+    if leading():
+        publish(settings, report, reliability, loaded, data)
+    return report
+
+
+def publish(
+    settings: TrainSettings,
+    report: dict[str, Any],
+    reliability: dict[str, list[float]],
+    loaded: LoadedTarget,
+    data: Data,
+) -> None:
+    """Write the report; where transformers can be timed, once more with its speed."""
     records = read_records(settings.output / "metrics.jsonl")
     curve = [record for record in records if "validation" not in record]
     write_report(settings.output, report, curve, reliability)
@@ -149,7 +177,25 @@ def finish(
     if elsewhere is not None:
         report["served"]["greedy"]["transformers"] = elsewhere
         write_report(settings.output, report, curve, reliability)
-    return report
+
+
+def check_alike(given: Command) -> None:
+    """Raise ValueError on settings that cannot work, alone or among several processes."""
+    values = flat(to_json(given.settings)) | {"fresh": given.fresh, "resume": given.resume}
+    check_same({name: value for name, value in values.items() if name not in FILES})
+    check_settings(given.settings)
+    if given.inspect_data and jax.process_count() > 1:
+        raise ValueError(
+            f"--inspect-data looks at data on one host, not on {jax.process_count()}; leave "
+            "--coordinator, --processes and --process-id out."
+        )
+
+
+def read_inputs(settings: TrainSettings) -> tuple[list[Example] | None, TargetFiles]:
+    """The conversations of `--data`, and the target's files."""
+    examples = None if settings.data is None else read_conversations(settings.data)
+    name = settings.target or embedded("tiny-glm")
+    return examples, find_target(name, settings.draft.aux_layer_ids)
 
 
 def starting_point(settings: TrainSettings, config: DraftConfig, console: Console) -> WarmStart:

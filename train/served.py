@@ -15,6 +15,7 @@ import numpy as np
 
 from dspark_jax.generation import generate, plain_generate, plain_prefill, plain_state
 from dspark_jax.loop import Request, Weights, init_state, prefill
+from dspark_jax.train.hosts import fetch
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.types import DecodeState, Draft, Target
 
@@ -82,10 +83,9 @@ def make_programs(
         read = time.perf_counter()
         made = jax.block_until_ready(run[1](weights, state, request)[1])
         end = time.perf_counter()
-        tokens = np.asarray(made.tokens)[0, : int(made.length[0])]
-        survived = np.asarray(made.survived)[0]
-        rounds = int(made.rounds[0])
-        return Answer(tokens.tolist(), read - begin, end - read, rounds, survived.tolist())
+        made = fetch(made)
+        tokens, survived = made.tokens[0, : made.length[0]].tolist(), made.survived[0].tolist()
+        return Answer(tokens, read - begin, end - read, int(made.rounds[0]), survived)
 
     drafted = (jax.jit(start), jax.jit(speculative, donate_argnums=1))
     alone = (jax.jit(plain_start), jax.jit(plain, donate_argnums=1))
