@@ -101,6 +101,6 @@ def check_memory(needed: Mapping[str, int], limit: int | None) -> None:
     )
 
 
-def gigabytes(size: float) -> str:
+def gigabytes(size: int) -> str:
     """Bytes for reading."""
     return f"{size / 1e9:,.2f} GB"

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from dspark_jax.config import DraftConfig
@@ -24,7 +23,7 @@ from dspark_jax.train.devices import (
     make_meshes,
     needed_bytes,
 )
-from dspark_jax.train.draft_files import WarmStart, save_draft, warm_start
+from dspark_jax.train.draft_files import WarmStart, warm_start
 from dspark_jax.train.files import (
     LoadedTarget,
     TargetFiles,
@@ -34,31 +33,27 @@ from dspark_jax.train.files import (
     read_target,
     target_fingerprint,
 )
+from dspark_jax.train.finish import finish
 from dspark_jax.train.hosts import (
     any_process,
     check_same,
-    fetch,
     from_first,
     leading,
     together,
     wait,
 )
 from dspark_jax.train.inspect_data import inspect
-from dspark_jax.train.loggers import read_records
 from dspark_jax.train.output import begin, claimed, untouched
 from dspark_jax.train.presets import draft_config
 from dspark_jax.train.progress import Bar
-from dspark_jax.train.proof import holds, prove
-from dspark_jax.train.report import write_report
+from dspark_jax.train.proof import holds
 from dspark_jax.train.settings import Command, TrainSettings
 from dspark_jax.train.stopping import Stop, Stopped, stoppable, stopping
-from dspark_jax.train.summary import closing, machine, summary
+from dspark_jax.train.summary import closing, summary
 from dspark_jax.train.trainer import Job, TrainState, init_state, make_job
 from dspark_jax.train.training import Trained, train
-from dspark_jax.train.transformers_speed import measure_transformers
 from dspark_jax.types import Target
 
-TRANSFORMERS_PROMPTS = 8
 FILES = ("data", "target", "hidden_states", "warm_start")
 """Settings that may name other places on other hosts; what lies there is compared."""
 
@@ -137,46 +132,6 @@ def fit(
     stop.where = f"in the proof, the trained draft is {kept}"
     console.print("validating, then decoding with the draft and without it; compiles first")
     return trained
-
-
-def finish(
-    job: Job,
-    loaded: LoadedTarget,
-    target_id: np.ndarray,
-    trained: Trained,
-    data: Data,
-    arguments: Sequence[str],
-    console: Console,
-) -> dict[str, Any]:
-    """Write the draft, prove it, write the report."""
-    settings, folder = job.settings, job.settings.output / "draft"
-    params = fetch(trained.params)
-    from_first(lambda: save_draft(folder, job.config, params, loaded, target_id))
-    report = prove(job, loaded, trained.params, data, console)
-    reliability = report.pop("reliability")
-    report |= {"target": loaded.folder.name, "checkpoint": str(folder), "steps": trained.best}
-    report |= {"command": command(going_on(arguments)), "machine": machine()}
-    if leading():
-        publish(settings, report, reliability, loaded, data)
-    return report
-
-
-def publish(
-    settings: TrainSettings,
-    report: dict[str, Any],
-    reliability: dict[str, list[float]],
-    loaded: LoadedTarget,
-    data: Data,
-) -> None:
-    """Write the report; where transformers can be timed, once more with its speed."""
-    records = read_records(settings.output / "metrics.jsonl")
-    curve = [record for record in records if "validation" not in record]
-    write_report(settings.output, report, curve, reliability)
-    timed = data.prompts[:TRANSFORMERS_PROMPTS]
-    elsewhere = measure_transformers(loaded.folder, timed, settings.answer_tokens)
-    if elsewhere is not None:
-        report["served"]["greedy"]["transformers"] = elsewhere
-        write_report(settings.output, report, curve, reliability)
 
 
 def check_alike(given: Command) -> None:
