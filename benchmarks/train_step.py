@@ -271,11 +271,11 @@ def jax_step(shape: Shape, folder: Path, steps: int) -> tuple[list[float], float
     import jax.numpy as jnp
     from flax import nnx
 
-    from dspark_jax import sharding
     from dspark_jax.anchors import make_blocks
-    from dspark_jax.config import MeshConfig
+    from dspark_jax.draft import dspark_draft
     from dspark_jax.draft_weights import params_from_tensors
     from dspark_jax.layers import rms_norm
+    from dspark_jax.train.devices import make_meshes
     from dspark_jax.train.hidden_states import HiddenStates
     from dspark_jax.train.settings import OptimizerSettings, TrainSettings
     from dspark_jax.train.trainer import Job, init_state, make_objective, make_step, on_mesh
@@ -300,8 +300,9 @@ def jax_step(shape: Shape, folder: Path, steps: int) -> tuple[list[float], float
         ),
         shape.draft,
         Target(**unused | {"unembed": unembed}),
+        dspark_draft(shape.draft),
         HiddenStates(lambda packed: (packed, None), lambda params, batch, fetched: fetched),
-        sharding.make_mesh(MeshConfig()),
+        make_meshes(TrainSettings()),
         verifier,
         Frozen(embed, head, jnp.arange(shape.draft.vocab_size)),
     )

@@ -180,6 +180,7 @@ def spec(
 ) -> PartitionSpec:
     """The rule for one array; axes in front (stacks) and those that do not divide stay whole.
 
+    What two axes of the mesh together cannot share evenly, the second may alone.
     Values and scales of a block-scaled kernel lie as the kernel does.
     """
     path = [part for part in path if part not in WRAPPERS and not part.isdigit()]
@@ -190,6 +191,8 @@ def spec(
         return PartitionSpec()
     axes: list[Any] = [None] * (len(shape) - len(names)) + [AXES[name] for name in names]
     for i, axis in enumerate(axes):
+        if isinstance(axis, tuple) and shape[i] % axis_size(mesh, axis):
+            axes[i] = axis = axis[-1]
         if axis in axes[:i] or (axis is not None and shape[i] % axis_size(mesh, axis)):
             axes[i] = None
     return PartitionSpec(*axes)

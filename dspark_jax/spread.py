@@ -51,12 +51,14 @@ class Spread:
         """Where this device's `size` columns begin."""
         return jax.lax.axis_index(TENSOR) * size if self.tensor > 1 else 0
 
-    def first_expert(self, experts: int) -> int | Int[Array, ""]:
-        """The first of the `experts` that this device holds."""
-        if self.data * self.tensor == 1:
-            return 0
+    def first_of_all(self, size: int) -> int | Int[Array, ""]:
+        """Where this device's `size` experts begin, which all devices share."""
         group = jax.lax.axis_index(DATA) if self.data > 1 else 0
-        return (group * self.tensor + self.first(1)) * experts
+        return (group * self.tensor) * size + self.first(size)
+
+    def once(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """What all devices of a group have alike, on one of them, so that a sum counts it once."""
+        return jnp.where(jax.lax.axis_index(TENSOR) == 0, x, 0) if self.tensor > 1 else x
 
     def all_rows(self, x: Float[Array, "B *rest"]) -> Float[Array, "all *rest"]:
         """The rows of all groups."""

@@ -1,7 +1,9 @@
 """`python -m dspark_jax.train`: the command line of training."""
 
 import argparse
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import tyro
@@ -39,7 +41,25 @@ def main() -> int:
     step does not wait for it to save and ends with 130.
     """
     with stoppable() as stop:
-        return outcome(sys.argv[1:], stop)
+        try:
+            code = outcome(sys.argv[1:], stop)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return leave(code)
+
+
+def leave(code: int) -> int:
+    """The exit code; where there are other processes, a failed one ends here.
+
+    jax would make it wait for the others, which may be waiting for it.
+    """
+    jax = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def outcome(arguments: list[str], stop: Stop) -> int:
@@ -47,8 +67,10 @@ def outcome(arguments: list[str], stop: Stop) -> int:
     stop.command = command(arguments)
     try:
         given = parse(arguments)
-        from dspark_jax.train.run import run  # jax is imported only once the flags are right
+        from dspark_jax.train.hosts import join  # jax is imported only once the flags are right
+        from dspark_jax.train.run import run
 
+        join(given.hosts)
         return 0 if run(given, arguments) else 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,7 +79,8 @@ def outcome(arguments: list[str], stop: Stop) -> int:
         print(f"error: {error}; once that is mended, go on: {stop.command}", file=sys.stderr)
         return 2
     except Stopped:
-        print(stop.line())
+        if stop.speaks:
+            print(stop.line())
         return 0
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/STEP` with the training state and a JSON object beside it (the
 position in the data, what the data and target were, the validation score). Orbax writes it under a
-temporary name and renames it; what a killed run leaves is never taken for a checkpoint.
+temporary name and renames it; what a killed run leaves is never taken for a checkpoint. Of several
+processes each writes and reads what its devices hold, and process 0 says what lies in the folder.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from dspark_jax.train.hosts import from_first, said_by_all
 
 Say = Callable[[str], None]
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -41,21 +44,27 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, say: Say):
         self.folder, self.keep, self.say = folder.resolve(), keep, say
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.folder.glob(f"*{UNFINISHED}*")):
-            step = path.name.split(".")[0]
-            say(f"checkpoint {step} is incomplete (the run ended while writing it); skipped")
-            shutil.rmtree(path)
-        for path in self.folder.glob(f"*{DELETED}"):
-            shutil.rmtree(path)
+        from_first(self._tidy)
         self.manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
         )
         self.scores = {step: self._score(step) for step in self.steps()}
 
+    def _tidy(self) -> None:
+        """Delete what a killed run left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.glob(f"*{UNFINISHED}*")):
+            step = path.name.split(".")[0]
+            self.say(f"checkpoint {step} is incomplete (the run ended while writing it); skipped")
+            shutil.rmtree(path)
+        for path in self.folder.glob(f"*{DELETED}"):
+            shutil.rmtree(path)
+
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        return from_first(
+            lambda: sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        )
 
     def best(self) -> int | None:
         """The step with the highest validation score; None when none was validated."""
@@ -137,32 +146,45 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state, reason = None, ""
         try:
             state = self.manager.restore(step, args=args).state
         except Exception as error:  # whatever reads a damaged file raises what it likes
             if isinstance(error, FAULTS) and not isinstance(error, FileNotFoundError):
                 raise
-            raise DamagedError(_first_line(error)) from error
+            reason = _first_line(error)
+        reasons = [said for said in said_by_all(reason) if said]
+        if reasons:
+            raise DamagedError(reasons[0])
         if checksums(state) != about["checksums"]:
             raise DamagedError("its numbers are not those that were saved")
         return Restored(step, state, about)
 
     def _about(self, step: int) -> dict[str, Any]:
+        about, reason = from_first(lambda: self._read_about(step))
+        if about is None:
+            raise DamagedError(reason)
+        return about
+
+    def _read_about(self, step: int) -> tuple[dict[str, Any] | None, str]:
+        """What was saved beside a state, or why it is not that."""
         path = self.folder / str(step) / "about" / "metadata"
         try:
             about = json.loads(path.read_text())
             whole = about.pop("seal") == seal(about)
         except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DamagedError(_first_line(error)) from error
-        if not whole:
-            raise DamagedError("what is written beside it is not what was saved")
-        return about
+            return None, _first_line(error)
+        return (about, "") if whole else (None, "what is written beside it is not what was saved")
 
     def _set_aside(self, step: int, reason: str) -> None:
         self.say(f"checkpoint {step} cannot be read and is skipped: {reason}")
-        aside = self.folder / f"{step}{BROKEN}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
+
+        def move() -> None:
+            aside = self.folder / f"{step}{BROKEN}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+
+        from_first(move)
         self.scores.pop(step, None)
         self.manager.reload()
 
@@ -173,9 +195,13 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         """Rename, then delete: what a kill leaves half deleted is no checkpoint any more."""
-        gone = self.folder / f"{step}{DELETED}"
-        (self.folder / str(step)).rename(gone)
-        shutil.rmtree(gone)
+
+        def delete() -> None:
+            gone = self.folder / f"{step}{DELETED}"
+            (self.folder / str(step)).rename(gone)
+            shutil.rmtree(gone)
+
+        from_first(delete)
         self.scores.pop(step, None)
         self.manager.reload()
 
@@ -190,7 +216,7 @@ class Checkpoints:
             write()
         except Exception as error:  # Orbax and TensorStore raise many types for a full disk
             self.scores.pop(step, None)
-            last = self.steps()[-1:] or ["none"]
+            last = sorted(self.scores)[-1:] or ["none"]
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"checkpoint {step} could not be written to {self.folder}: {reason}; the last good "

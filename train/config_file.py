@@ -61,7 +61,7 @@ def differences(ours: TrainSettings, path: Path) -> list[str]:
         theirs = _object(path)
     except ValueError as error:
         return [str(error).rstrip(".")]
-    left, right, default = _flat(to_json(ours)), _flat(theirs), _flat(to_json(TrainSettings()))
+    left, right, default = flat(to_json(ours)), flat(theirs), flat(to_json(TrainSettings()))
     names = [n for n in sorted(left | right) if n.split(".")[0] not in NOT_COMPARED]
     found = [
         f"{name} is {left[name] if name in left else 'no setting'} here and {right[name]} there"
@@ -96,11 +96,12 @@ def _suggestion(name: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else "; see --help for those that do"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups taken apart: `draft.num_layers`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name != "loss_weights":
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
     return found

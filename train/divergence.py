@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dspark_jax.train.hosts import fetch
 from dspark_jax.types import Rows, Target
 
 NEAR_TIE = 1e-4
@@ -53,9 +54,9 @@ def explain(
     wide = _replay(target, width, params, tokens, start, length)
     narrow = _replay(one_token or target, 1, params, tokens, start, length)
     size = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30)  # rows of the prompt are not read
-    difference = np.asarray(jnp.max(jnp.abs(wide - narrow), axis=-1) / size)[: len(agreed)]
+    difference = fetch(jnp.max(jnp.abs(wide - narrow), axis=-1) / size)[: len(agreed)]
     jumps = np.flatnonzero(difference > ROUNDING)
-    router, top_k, two = map(np.asarray, _margins(target, params, tokens))
+    router, top_k, two = fetch(_margins(target, params, tokens))
     if not len(jumps):
         return Parting(len(agreed) - 1, "top-two", float(two[len(agreed) - 1]))
     first = int(jumps[0])
@@ -76,7 +77,8 @@ def _replay(
     capacity = tokens.shape[1]
     order = jnp.arange(capacity)
     prepared = target.prepare(params)
-    cache = target.init_cache(1, capacity, jnp.float32)
+    dtype = jnp.result_type(target.frozen(params).embed)
+    cache = target.init_cache(1, capacity, dtype)
     cache, _ = target.extend(
         prepared, cache, Rows(tokens, jnp.where(order < start, order, capacity)[None])
     )
@@ -89,7 +91,7 @@ def _replay(
         cache, states = target.extend(prepared, cache, rows)
         return (cache, hidden.at[position].set(states.final_hidden[0], mode="drop")), None
 
-    nothing = jnp.zeros((capacity, target.config.hidden_size))
+    nothing = jnp.zeros((capacity, target.config.hidden_size), dtype)
     chunks = jnp.arange(-(-capacity // width))
     return jax.lax.scan(chunk, (cache, nothing), chunks)[0][1]
 

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from dspark_jax.checkpoints.folder import resolve
+from dspark_jax.checkpoints.header import Stored
 from dspark_jax.checkpoints.quantisation import quantisation
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.config import TargetConfig
@@ -20,8 +23,22 @@ from dspark_jax.targets.families import read_config
 from dspark_jax.targets.load import load_params
 
 
+class TargetFiles(NamedTuple):
+    """A target folder that was looked at, its weights not read; an answer stops at any of `ends`.
+
+    `stored` and `block` are those of `load_params`.
+    """
+
+    folder: Path
+    config: TargetConfig
+    stored: Mapping[str, Stored]
+    block: tuple[int, int] | None
+    tokenizer: Any
+    ends: tuple[int, ...]
+
+
 class LoadedTarget(NamedTuple):
-    """A target folder in memory; an answer stops at any of the tokens `ends`."""
+    """A target in memory; an answer stops at any of the tokens `ends`."""
 
     folder: Path
     config: TargetConfig
@@ -37,8 +54,8 @@ def embedded(name: str) -> Path:
     return Path(dspark_jax.__file__).resolve().parent / "assets" / name
 
 
-def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
-    """Read config.json, *.safetensors, tokenizer and chat template of a target.
+def find_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> TargetFiles:
+    """Read config.json, tokenizer, chat template and the headers of *.safetensors of a target.
 
     `name` is a folder or a hub id `org/name[@revision]`. Raises ValueError when it is no target, or
     its tokenizer knows more tokens than the target's embedding has rows.
@@ -60,8 +77,25 @@ def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarge
             f"{config.vocab_size} rows; use the tokenizer the target was trained with."
         )
     ends = end_tokens(folder, described, tokenizer)
-    params = load_params(config, stored, block, target_mesh(jax.devices()[:1], 1))
+    return TargetFiles(folder, config, stored, block, tokenizer, ends)
+
+
+def read_target(
+    found: TargetFiles, mesh: Mesh, dtype: str, progress: Callable[[int, int], None]
+) -> LoadedTarget:
+    """Its weights in `dtype`, each part read straight onto the device of the mesh that holds it.
+
+    `progress(done_bytes, total_bytes)` follows the reading. Raises ValueError as `load_params`.
+    """
+    folder, config, stored, block, tokenizer, ends = found
+    params = load_params(config, stored, block, mesh, dtype, progress)
     return LoadedTarget(folder, config, params, tokenizer, ends)
+
+
+def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
+    """A target in float32 on one device; raises ValueError as `find_target` and `read_target`."""
+    mesh = target_mesh(jax.devices()[:1], 1)
+    return read_target(find_target(name, aux_layer_ids), mesh, "float32", lambda done, total: None)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -101,7 +135,7 @@ def end_tokens(folder: Path, described: dict[str, Any], tokenizer: Any) -> tuple
     )
 
 
-def mask_token(target: LoadedTarget) -> int:
+def mask_token(target: TargetFiles) -> int:
     """The tokenizer's mask token, else a spare embedding row, else its padding token."""
     tokenizer = target.tokenizer
     if tokenizer.mask_token_id is not None:

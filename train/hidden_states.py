@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dspark_jax.train.conversations import Row
+from dspark_jax.train.hosts import fetch
 from dspark_jax.train.packing import Packed
 from dspark_jax.types import Batch, Target, TargetStates
 
@@ -141,7 +142,7 @@ def compare(files: Files, number: int, row: Row, target: Target, params: Any) ->
     """Raise ValueError when a file's states are not this target's."""
     tokens = row.tokens[None]
     order = np.arange(tokens.shape[1])[None]
-    own = jax.jit(target.forward)(params, tokens, np.ones_like(tokens), order)
+    own = fetch(jax.jit(target.forward)(params, tokens, np.ones_like(tokens), order))
     aux = np.asarray(own.aux_hidden, np.float32)[0].reshape(tokens.shape[1], files.aux_layers, -1)
     last = np.asarray(own.final_hidden, np.float32)[0, :, None]
     wanted = np.concatenate([aux, last], axis=1)

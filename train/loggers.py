@@ -134,6 +134,16 @@ class MetricsLog:
             logger.close()
 
 
+class NoLog:
+    """For all processes of a run but the first, which writes for them."""
+
+    def write(self, record: Record) -> None: ...
+
+    def write_validation(self, step: int, table: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_records(path: Path) -> list[Record]:
     """The whole lines of a metrics.jsonl; a run that was killed may have left half a one."""
     if not path.exists():

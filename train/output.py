@@ -3,13 +3,16 @@
 import dataclasses
 import fcntl
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dspark_jax.train.config_file import differences, write_config
+from dspark_jax.train.hosts import from_first, together
 from dspark_jax.train.settings import Command, TrainSettings
 
 RESULTS = ("checkpoints", "draft", "metrics.jsonl", "tensorboard", "wandb", "wandb_run")
@@ -19,30 +22,59 @@ MAY_DIFFER = ("data", "target", "hidden_states", "mesh")
 """Settings that may change when a run goes on: of the files it is what they hold that is compared,
 when they are read; devices change neither loss nor gradient."""
 
+SEEN_SECONDS = 30.0
+"""How long a network's file system may take to show what another host wrote."""
+
 
 @contextmanager
 def claimed(given: Command) -> Iterator[TrainSettings]:
     """Take the output folder for this run, and hold it while inside; yields the settings.
 
     Raises ValueError when it cannot be made, when another process holds it, and when it holds a
-    run of other settings, or any with `--no-resume`. Nothing in it is changed before `begin`.
+    run of other settings, or any with `--no-resume`. Nothing in it is changed before `begin`. Of
+    several processes the first holds it, and all must see it.
     """
     output = given.settings.output
+    with ExitStack() as held:
+        mark = from_first(lambda: lock(output, held))
+        together(lambda: check_seen(output, mark))
+        from_first(lambda: check_same_run(given))
+        yield given.settings
+
+
+def lock(output: Path, held: ExitStack) -> str:
+    """Make the folder and keep other runs out until `held` closes; the mark left in its lock."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("a+")
+        file = held.enter_context((output / ".lock").open("a+"))
     except OSError as error:
         raise ValueError(f"output {output} cannot be made: {error}.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(
+            f"another process is training in {output}; wait for it or give another --output."
+        ) from None
+    mark = secrets.token_hex(8)
+    file.truncate(0)
+    file.write(mark)
+    file.flush()
+    return mark
+
+
+def check_seen(output: Path, mark: str) -> None:
+    """Raise ValueError unless this process sees the folder that the first one has locked."""
+    end = time.monotonic() + SEEN_SECONDS
+    while True:
+        with suppress(OSError):
+            if (output / ".lock").read_text() == mark:
+                return
+        if time.monotonic() > end:
             raise ValueError(
-                f"another process is training in {output}; wait for it or give another --output."
-            ) from None
-        if holds_run(output) and not given.fresh:
-            check_same_run(given)
-        yield given.settings
+                f"output {output} is not the folder that process 0 writes to; give one on a file "
+                "system that all hosts share."
+            )
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -88,8 +120,10 @@ def holds_run(output: Path) -> bool:
 
 
 def check_same_run(given: Command) -> None:
-    """Raise ValueError unless the run in the output folder can go on with these settings."""
+    """Raise ValueError unless a run in the output folder can go on with these settings."""
     output = given.settings.output
+    if given.fresh or not holds_run(output):
+        return
     if not given.resume:
         raise ValueError(
             f"{output} holds a run and --no-resume is given; leave that out to go on with "

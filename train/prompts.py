@@ -13,6 +13,7 @@ from dspark_jax.generation import Generation, plain_generate, plain_prefill, pla
 from dspark_jax.loop import Request
 from dspark_jax.train import python_corpus
 from dspark_jax.train.conversations import Messages, prompt_tokens
+from dspark_jax.train.hosts import fetch
 from dspark_jax.types import Rows, Target
 
 
@@ -56,15 +57,16 @@ def answers(
     ends: tuple[int, ...],
     batch: int,
     seed: int,
+    dtype: str,
     first: int = 0,
 ) -> Iterator[tuple[list[Messages], int]]:
     """Conversations of the prompts from `first` on, with the target's own answers at temperature 1.
 
     Yields (conversations, tokens made) of one batch after another. No prompt may have more than
-    `longest_prompt` tokens. An answer depends on its place in `texts` and the seed alone, so
-    beginning later changes none.
+    `longest_prompt` tokens. The caches are of the parameters' own `dtype`. An answer depends on its
+    place in `texts` and the seed alone, so beginning later changes none.
     """
-    run = jax.jit(partial(_answer_batch, target, longest_prompt, max_tokens))
+    run = jax.jit(partial(_answer_batch, target, longest_prompt, max_tokens, dtype))
     prepared = jax.jit(target.prepare)(params)
     for start in range(first, len(texts), batch):
         asked = [[{"role": "user", "content": text}] for text in texts[start : start + batch]]
@@ -72,7 +74,7 @@ def answers(
         padded = prompts + [prompts[-1]] * (batch - len(prompts))
         keys = jax.random.split(jax.random.key(seed + start), batch)
         made = run(prepared, *pad_prompts(padded, longest_prompt), keys, jnp.array(ends))
-        tokens, count = np.asarray(made.tokens), np.asarray(made.length)
+        tokens, count = fetch((made.tokens, made.length))
         conversations: list[Messages] = []
         for i, messages in enumerate(asked):
             ids = [t for t in tokens[i, : count[i]] if t not in ends]
@@ -100,6 +102,7 @@ def _answer_batch(
     target: Target,
     longest_prompt: int,
     max_tokens: int,
+    dtype: str,
     prepared: Any,
     tokens: Any,
     count: Any,
@@ -107,7 +110,7 @@ def _answer_batch(
     end: Any,
 ) -> Generation:
     batch, capacity = tokens.shape[0], longest_prompt + max_tokens
-    state = plain_state(target, keys, capacity)
+    state = plain_state(target, keys, capacity, dtype)
     state = plain_prefill(target, prepared, state, *prompt_rows(tokens, count, capacity))
     request = Request(
         verify_length=jnp.zeros(batch, jnp.int32),

@@ -1,6 +1,5 @@
 """What a draft is worth: validation on held-out conversations, then real decoding of prompts."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -8,8 +7,8 @@ import numpy as np
 from rich.console import Console
 
 from dspark_jax.config import DraftConfig
-from dspark_jax.draft import dspark_draft
-from dspark_jax.loop import prepare_weights
+from dspark_jax.loop import Weights, prepare_weights
+from dspark_jax.sharding import tree_shardings
 from dspark_jax.train.data import Data
 from dspark_jax.train.divergence import NEAR_TIE, explain
 from dspark_jax.train.files import LoadedTarget
@@ -18,24 +17,25 @@ from dspark_jax.train.progress import Bar
 from dspark_jax.train.served import Programs, make_programs, measure
 from dspark_jax.train.trainer import Job
 from dspark_jax.train.validation import make_validator
+from dspark_jax.types import Frozen
 
 
 def prove(
     job: Job, loaded: LoadedTarget, params: Any, data: Data, console: Console
 ) -> dict[str, Any]:
     """Validation, then real decoding of held-out prompts, greedy and at temperature 1."""
-    settings, config, target, frozen = job.settings, job.config, job.target, job.frozen
+    settings, config, target = job.settings, job.config, job.target
     batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
     validation = make_validator(job)(params, batches)
-    draft = dspark_draft(config)
     programs = make_programs(
         target,
-        draft,
-        jax.jit(partial(prepare_weights, target, draft))(loaded.params, params, frozen),
+        job.draft,
+        weights(job, params),
         settings.prompt_tokens,
         settings.answer_tokens,
         loaded.ends,
         settings.seed,
+        settings.compute_dtype,
     )
     served = serve(programs, config, data, console)
     for found in served["greedy"]["one_token_program_divergences"]:
@@ -58,6 +58,18 @@ def prove(
         "served": served,
         "reliability": validation.reliability,
     }
+
+
+def weights(job: Job, params: Any) -> Weights:
+    """Target and draft laid out for decoding, both in the type they were trained in."""
+
+    def prepare(target_params: Any, params: Any, frozen: Frozen) -> Weights:
+        cast = jax.tree.map(lambda x: x.astype(job.settings.compute_dtype), params)
+        return prepare_weights(job.target, job.draft, target_params, cast, frozen)
+
+    # Tables lie as decoding reads them, not as training does: else they would move in every round.
+    tables = tree_shardings(job.meshes.target, job.frozen, "draft")
+    return jax.jit(prepare)(job.target_params, params, jax.device_put(job.frozen, tables))
 
 
 def holds(served: dict[str, Any]) -> bool:

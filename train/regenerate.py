@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dspark_jax.train.conversations import Example, Messages, conversation_line, read_conversations
 from dspark_jax.train.files import LoadedTarget, target_fingerprint, tokenizer_fingerprint
+from dspark_jax.train.hosts import from_first, leading, together
 from dspark_jax.train.prompts import answers, fitting, library_prompts
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.types import Target
@@ -35,10 +37,10 @@ def regenerate(
         "prompt_tokens": settings.prompt_tokens,
         "answer_tokens": settings.answer_tokens,
         "seed": settings.seed,
+        "compute_dtype": settings.compute_dtype,
     }
     files = [folder / "train.jsonl", folder / "held_out.jsonl"]
-    begin(folder, recipe, files)
-    if not all(path.exists() for path in files):
+    if not from_first(lambda: begin(folder, recipe, files)):
         prompts = library_prompts(settings.seed)
         fit = partial(fitting, loaded.tokenizer, longest_prompt=settings.prompt_tokens)
         kept = max(BATCH, settings.conversations // 8)
@@ -46,21 +48,22 @@ def regenerate(
         again = -(-settings.conversations // len(train)) if train else 1
         wanted = [(train * again)[: settings.conversations], fit(prompts.held_out, wanted=kept)]
         make = partial(answers, target, loaded.params, loaded.tokenizer)
-        sizes = (settings.prompt_tokens, settings.answer_tokens, loaded.ends, BATCH, settings.seed)
+        sizes = (settings.prompt_tokens, settings.answer_tokens, loaded.ends, BATCH)
+        sizes = (*sizes, settings.seed, settings.compute_dtype)
         total, done, made = sum(map(len, wanted)), 0, 0
         for path, texts in zip(files, wanted, strict=True):
             for count, tokens in complete(path, texts, partial(make, texts, *sizes)):
                 done, made = done + count, made + tokens
                 progress(done, total, made)
-    return read_conversations(files[0]), read_conversations(files[1])
+    return together(lambda: (read_conversations(files[0]), read_conversations(files[1])))
 
 
-def begin(folder: Path, recipe: dict[str, Any], files: Sequence[Path]) -> None:
-    """Keep what lies there when it was made by this recipe, else begin anew."""
+def begin(folder: Path, recipe: dict[str, Any], files: Sequence[Path]) -> bool:
+    """Keep what was made by this recipe, else begin anew; whether all is there."""
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "recipe.json"
     if stamp.exists() and json.loads(stamp.read_text()) == recipe:
-        return
+        return all(path.exists() for path in files)
     stamp.unlink(missing_ok=True)
     for path in files:
         path.unlink(missing_ok=True)
@@ -68,24 +71,30 @@ def begin(folder: Path, recipe: dict[str, Any], files: Sequence[Path]) -> None:
     partial_stamp = unfinished(stamp)
     partial_stamp.write_text(json.dumps(recipe, indent=1) + "\n")
     os.replace(partial_stamp, stamp)
+    return False
 
 
 def complete(
     path: Path, texts: Sequence[str], make: Callable[..., Iterator[tuple[list[Messages], int]]]
 ) -> Iterator[tuple[int, int]]:
-    """Answer what is missing in a file, batch by batch; yields (conversations, tokens made)."""
-    if path.exists():
-        yield len(texts), 0
-        return
+    """Answer what is missing in a file, batch by batch; yields (conversations, tokens made).
+
+    All processes compute the same answers, the first one writes them.
+    """
     partial_path = unfinished(path)
-    kept = keep_whole_batches(partial_path)
+    finished = from_first(path.exists)
+    kept = len(texts) if finished else from_first(lambda: keep_whole_batches(partial_path))
     yield kept, 0
-    with partial_path.open("a", encoding="utf-8") as file:
+    if finished:
+        return
+    writer = partial_path.open("a", encoding="utf-8") if leading() else nullcontext()
+    with writer as file:
         for conversations, tokens in make(first=kept):
-            file.writelines(map(conversation_line, conversations))
-            file.flush()
+            if file is not None:
+                file.writelines(map(conversation_line, conversations))
+                file.flush()
             yield len(conversations), tokens
-    os.replace(partial_path, path)
+    from_first(lambda: os.replace(partial_path, path))
 
 
 def keep_whole_batches(path: Path) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dspark_jax.generation import generate, plain_generate, plain_prefill, plain_state
 from dspark_jax.loop import Request, Weights, init_state, prefill
+from dspark_jax.train.hosts import fetch
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.types import DecodeState, Draft, Target
 
@@ -46,21 +47,25 @@ def make_programs(
     max_tokens: int,
     ends: tuple[int, ...],
     seed: int,
+    dtype: str,
 ) -> Programs:
-    """One sequence at a time: the prompt in one pass, then the answer without the host."""
+    """One sequence at a time: the prompt in one pass, then the answer without the host.
+
+    The caches are of the type of the weights, `dtype`.
+    """
     # A round may write a whole block past the last token.
     capacity = longest_prompt + max_tokens + draft.draft_length + 1
     stop = jnp.array(ends)
 
     def start(weights: Weights, prompt: Any, keys: Any) -> DecodeState:
-        state = init_state(target, draft, keys, capacity)
+        state = init_state(target, draft, keys, capacity, dtype)
         return prefill(target, draft, weights, state, *prompt_rows(*prompt, capacity))
 
     def speculative(weights: Weights, state: DecodeState, request: Request) -> Any:
         return generate(target, draft, weights, state, request, max_tokens, stop)
 
     def plain_start(prepared: Any, prompt: Any, keys: Any) -> DecodeState:
-        state = plain_state(target, keys, capacity)
+        state = plain_state(target, keys, capacity, dtype)
         return plain_prefill(target, prepared, state, *prompt_rows(*prompt, capacity))
 
     def plain(prepared: Any, state: DecodeState, request: Request) -> Any:
@@ -78,10 +83,9 @@ def make_programs(
         read = time.perf_counter()
         made = jax.block_until_ready(run[1](weights, state, request)[1])
         end = time.perf_counter()
-        tokens = np.asarray(made.tokens)[0, : int(made.length[0])]
-        survived = np.asarray(made.survived)[0]
-        rounds = int(made.rounds[0])
-        return Answer(tokens.tolist(), read - begin, end - read, rounds, survived.tolist())
+        made = fetch(made)
+        tokens, survived = made.tokens[0, : made.length[0]].tolist(), made.survived[0].tolist()
+        return Answer(tokens, read - begin, end - read, int(made.rounds[0]), survived)
 
     drafted = (jax.jit(start), jax.jit(speculative, donate_argnums=1))
     alone = (jax.jit(plain_start), jax.jit(plain, donate_argnums=1))

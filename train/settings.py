@@ -118,6 +118,21 @@ class KeepingOptions:
 
 
 @dataclass(frozen=True)
+class HostOptions:
+    """Processes on several hosts that train together; jax finds those of SLURM, Open MPI and TPU
+    pods by itself."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which the others reach; the port is free there."""
+    processes: int | None = None
+    """How many there are, each started with the same other flags."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 speaks and writes."""
+    join_seconds: float = 300.0
+    """How long the first waits for the last."""
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Train a DSpark draft for a target, then measure real speculative decoding with it."""
 
@@ -176,3 +191,4 @@ class Command:
     """Start over in an --output that holds a run."""
     inspect_data: bool = False
     """Print a few training examples with the trained tokens marked, and stop."""
+    hosts: HostOptions = HostOptions()

@@ -21,12 +21,14 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     """`wanted` once a signal has come; `where` and `command` say where the run is and goes on.
 
-    Ends the process with exit code 0 where nobody watches, and with 130 at the second signal where
-    one does.
+    `speaks` is False in all processes of a run but the first, which tells of a stop for all. Ends
+    the process with exit code 0 where nobody watches, and with 130 at the second signal where one
+    does.
     """
 
     def __init__(self) -> None:
         self.wanted = self.watched = False
+        self.speaks = True
         self.where, self.command = "before anything was made", ""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:

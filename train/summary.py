@@ -2,28 +2,36 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from dspark_jax.config import DraftConfig
 from dspark_jax.train.command_line import command, repeated
+from dspark_jax.train.devices import Meshes, gigabytes, target_shapes
 from dspark_jax.train.draft_files import WarmStart
-from dspark_jax.train.files import LoadedTarget
+from dspark_jax.train.files import TargetFiles
 from dspark_jax.train.proof import holds
 from dspark_jax.train.settings import TrainSettings
 
 
-def summary(loaded: LoadedTarget, start: WarmStart, config: DraftConfig, mesh: Mesh) -> str:
-    """The models and where they run."""
-    kind = mesh.devices.flat[0].platform
+def summary(
+    found: TargetFiles,
+    start: WarmStart,
+    config: DraftConfig,
+    meshes: Meshes,
+    needed: Mapping[str, int],
+) -> str:
+    """The models and where they run; `needed` is in bytes per device."""
+    mesh = meshes.draft
     return (
-        f"target {loaded.folder.name}: {count(loaded.params):,} parameters; "
-        f"draft {count(start.params):,} ({config.draft_length} tokens a round, Markov rank "
-        f"{config.markov_rank}); {mesh.size} of {jax.device_count()} {kind} device(s)"
+        f"target {found.folder.name}: {count(target_shapes(found.config, 'float32')):,} "
+        f"parameters; draft {count(start.params):,} ({config.draft_length} tokens a round, Markov "
+        f"rank {config.markov_rank}); {mesh.size} of {jax.device_count()} "
+        f"{mesh.devices.flat[0].platform} device(s), at least "
+        f"{gigabytes(sum(needed.values()))} each"
     )
 
 

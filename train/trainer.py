@@ -14,16 +14,16 @@ from jaxtyping import Array, Float
 from dspark_jax import sharding
 from dspark_jax.anchors import sample_blocks
 from dspark_jax.config import DraftConfig
-from dspark_jax.draft import draft_graphdef
+from dspark_jax.draft import draft_graphdef, dspark_draft
 from dspark_jax.losses import denominator
 from dspark_jax.metrics import Metrics, at_least_one, count, pair
 from dspark_jax.objective import Outcome, Part, Teacher, batch_loss, teacher_unembed
-from dspark_jax.targets.load import in_type
+from dspark_jax.train.devices import Meshes
 from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.hidden_states import HiddenStates
 from dspark_jax.train.optimizer import make_optimizer
 from dspark_jax.train.settings import TrainSettings
-from dspark_jax.types import Batch, Blocks, Frozen, Target
+from dspark_jax.types import Batch, Blocks, Draft, Frozen, Target
 
 
 class TrainState(NamedTuple):
@@ -41,10 +41,16 @@ class Job(NamedTuple):
     settings: TrainSettings
     config: DraftConfig
     target: Target
+    draft: Draft
     source: HiddenStates
-    mesh: Mesh
+    meshes: Meshes
     target_params: Any
     frozen: Frozen
+
+    @property
+    def mesh(self) -> Mesh:
+        """That of the draft's training."""
+        return self.meshes.draft
 
 
 def make_job(
@@ -52,22 +58,24 @@ def make_job(
     config: DraftConfig,
     target: Target,
     source: HiddenStates,
-    mesh: Mesh,
+    meshes: Meshes,
     loaded: LoadedTarget,
     target_id: np.ndarray,
 ) -> Job:
-    """The target's weights and tables in the type of the computation, placed on the mesh."""
-    shardings = sharding.tree_shardings(mesh, loaded.params)
-    params = jax.device_put(in_type(loaded.params, settings.compute_dtype), shardings)
-    frozen = frozen_tables(target, config, params, target_id)
-    frozen = jax.device_put(frozen, sharding.tree_shardings(mesh, frozen))
-    return Job(settings, config, target, source, mesh, params, frozen)
+    """What a step needs beside its state: the target as it was loaded, and the draft's tables."""
+    frozen = frozen_tables(target, config, meshes.draft, loaded.params, target_id)
+    draft = dspark_draft(config, meshes.target)
+    return Job(settings, config, target, draft, source, meshes, loaded.params, frozen)
 
 
-def frozen_tables(target: Target, config: DraftConfig, params: Any, target_id: Any) -> Frozen:
-    """The tables a draft shares, cut to a reduced vocabulary."""
+def frozen_tables(
+    target: Target, config: DraftConfig, mesh: Mesh, params: Any, target_id: np.ndarray
+) -> Frozen:
+    """The tables a draft shares, cut to a reduced vocabulary, placed on the draft's mesh."""
     full = config.draft_vocab_size == config.vocab_size
-    return jax.jit(target.frozen)(params, None if full else jnp.asarray(target_id))
+    given = (params, None if full else target_id)
+    shardings = sharding.tree_shardings(mesh, jax.eval_shape(target.frozen, *given))
+    return jax.jit(target.frozen, out_shardings=shardings)(*given)
 
 
 Objective = Callable[..., tuple[Float[Array, ""], Outcome]]

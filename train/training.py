@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool
 from dspark_jax.train.checkpoints import Checkpoints, Say
 from dspark_jax.train.config_file import to_json
 from dspark_jax.train.data import Data
-from dspark_jax.train.loggers import MetricsLog
+from dspark_jax.train.hosts import Agreement, leading
+from dspark_jax.train.loggers import MetricsLog, NoLog
 from dspark_jax.train.packing import Packed, pack
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.settings import TrainSettings
@@ -38,7 +39,8 @@ def train(
 ) -> Trained:
     """Run the steps that are left; `made_of` says what a resumed run must find unchanged.
 
-    A stop that is wished for is granted after the step at hand, and saved. Raises ValueError on a
+    A stop that is wished for is granted after the step at hand, or among several processes after
+    the next one, and saved. Raises ValueError on a
     loss that is no number, on data that changed, and when a checkpoint cannot be written.
     """
     settings = job.settings
@@ -46,12 +48,9 @@ def train(
     with closing(Checkpoints(folder, keep, say)) as checkpoints:
         loop = Loop(job, state, data, made_of, checkpoints)
         loop.resume(say)
-        names = settings.keeping.loggers
-        with (
-            closing(MetricsLog(settings.output, names, to_json(settings), loop.number)) as log,
-            stopping() as stop,
-        ):
-            while loop.number < settings.steps and not stop.wanted:
+        with closing(open_log(settings, loop.number)) as log, stopping() as stop:
+            agreement = Agreement(stop)
+            while loop.number < settings.steps and not agreement.reached():
                 loop.advance()
                 loop.report(log, bar)
             loop.save_unsaved()
@@ -62,6 +61,13 @@ def train(
             return Trained(loop.state.params, loop.number, loop.number)
         say(f"step {best.step} was better in validation than the last one; its weights are taken")
         return Trained(best.state.params, best.step, loop.number)
+
+
+def open_log(settings: TrainSettings, number: int) -> MetricsLog | NoLog:
+    """Where the records of a run that goes on from step `number` go."""
+    if not leading():
+        return NoLog()
+    return MetricsLog(settings.output, settings.keeping.loggers, to_json(settings), number)
 
 
 class Loop:
@@ -108,7 +114,7 @@ class Loop:
         self.tokens += int((packed.document >= 0).sum())
         self.recent.add(self.number, metrics, packed)
 
-    def report(self, log: MetricsLog, bar: Bar) -> None:
+    def report(self, log: MetricsLog | NoLog, bar: Bar) -> None:
         """Where it is time for it: a record, and a validated checkpoint."""
         settings, number = self.job.settings, self.number
         last = number == settings.steps

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dspark_jax.metrics import Metrics
 from dspark_jax.objective import Outcome
+from dspark_jax.train.hosts import fetch
 from dspark_jax.train.packing import Packed
 from dspark_jax.train.trainer import Job, draw_blocks, make_objective, on_mesh
 from dspark_jax.types import Batch, Blocks
@@ -57,8 +58,9 @@ def make_validator(job: Job) -> Validator:
             metrics, counted = measure(
                 params, job.target_params, job.frozen, *given, jax.random.fold_in(key, i)
             )
+            metrics, counted = fetch((metrics, counted))
             totals.update({name: float(value) for name, value in metrics.items()})
-            bins += np.asarray(counted)
+            bins += counted
         return Validation(summarise(totals), reliability(bins))
 
     return validate

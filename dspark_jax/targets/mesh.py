@@ -107,15 +107,13 @@ def check_mesh(config: TargetConfig, mesh: Mesh) -> None:
 
 def shares(config: TargetConfig, mesh: Mesh) -> Iterator[tuple[str, int, int]]:
     """(what, how many, by how many devices) of everything that is shared out."""
-    group, everyone = mesh.shape[TENSOR], mesh.size
+    group = mesh.shape[TENSOR]
     yield "vocabulary rows", config.vocab_size, group
     yield "attention heads", config.num_attention_heads, group
     if not isinstance(config, GlmConfig):
         yield "key-value heads", config.num_key_value_heads, group
     if any("dense" in kind for kind in config.layer_kinds):
         yield "MLP columns", config.intermediate_size, group
-    if config.n_routed_experts:
-        yield "experts", config.n_routed_experts, everyone
     if isinstance(config, GlmConfig):
         shared = config.moe_intermediate_size * config.n_shared_experts
         yield "columns of the shared expert", shared, group

@@ -1,6 +1,5 @@
 """Mixtures of experts: GLM-5's sigmoid router with a shared expert, Qwen3's softmax router."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +62,24 @@ def route(
     return Routing(logits, biased, expert, weight)
 
 
+class SoftmaxRouter(nnx.Module):
+    """Top-k of `softmax(x W)`, the weights of the chosen scaled to a sum of 1 if so configured."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.kernel = init_normal(rngs, (config.hidden_size, config.num_experts))
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Routing:
+        logits = exact_matmul(x, self.kernel[...])
+        score = jax.nn.softmax(logits)
+        best, expert = jax.lax.top_k(score, self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            best = best / jnp.sum(best, axis=-1, keepdims=True)
+        chosen = jax.nn.one_hot(expert, score.shape[-1], dtype=score.dtype)
+        weight = jnp.sum(chosen * best[..., None], axis=-2)
+        return Routing(logits, score, expert, weight)
+
+
 class Experts(nnx.Module):
     """Routed experts, stacked: all of them, or those that this device holds.
 
@@ -78,19 +95,23 @@ class Experts(nnx.Module):
         self.down_proj = init_normal(rngs, (e, i, d))
 
     def __call__(
-        self, x: Float[Array, "R D"], routing: Routing, spread: Spread = ALONE
+        self, x: Float[Array, "R D"], routing: Routing, first: int | Int[Array, ""] = 0
     ) -> Float[Array, "R D"]:
-        """What the experts here add to every row."""
+        """What the experts here, numbered from `first` on, add to every row."""
         kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        here = kernels[0].shape[0]
-        first = spread.first_expert(here)
+        here, everywhere = self.count, routing.weight.shape[1]
         if self.few:
             weight = jax.lax.dynamic_slice_in_dim(routing.weight, first, here, axis=1)
             return all_experts(x, weight, *map(plain, kernels))
         share = jnp.take_along_axis(routing.weight, routing.expert, axis=-1)
-        if spread == ALONE:
+        if here == everywhere:
             return chosen_experts(x, routing.expert, share, *kernels)
-        return local_experts(x, routing.expert - first, share, *kernels, routing.weight.shape[1])
+        return local_experts(x, routing.expert - first, share, *kernels, everywhere)
+
+    @property
+    def count(self) -> int:
+        """How many are here."""
+        return self.gate_proj[...].shape[0]
 
 
 def plain(kernels: Kernels) -> Float[Array, "E i o"]:
@@ -183,21 +204,31 @@ def ragged(x: Float[Array, "R i"], kernels: Kernels, sizes: Int[Array, "E"]) -> 
 
 
 def routed(
-    gate: Callable[[Array], Routing],
+    gate: Router | SoftmaxRouter,
     experts: Experts,
     shared: SwiGLU | None,
     x: Float[Array, "B T D"],
     spread: Spread,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """A mixture on rows of which each group of devices has its own; the experts are shared by all.
+    """A mixture on the rows of a group of devices.
 
-    One gathering of rows, one sum; the decision comes back for the own rows.
+    Experts that all devices share see the rows of all groups: one gathering of rows, one sum, and
+    the decision comes back for the own rows. Where they cannot be shared evenly by all, a group
+    shares them, or every device has them all.
     """
-    rows = spread.all_rows(x)
-    routing = gate(rows.reshape(-1, x.shape[-1]))
-    y = experts(rows.reshape(-1, x.shape[-1]), routing, spread).reshape(rows.shape)
-    routing = jax.tree.map(lambda r: spread.own_rows(r.reshape(*rows.shape[:-1], -1)), routing)
-    return spread.sum_experts(y, None if shared is None else shared(x)), routing
+    ways, devices = gate.kernel[...].shape[1] // experts.count, spread.data * spread.tensor
+    rows = spread.all_rows(x) if ways == devices else x
+    flat = rows.reshape(-1, x.shape[-1])
+    routing = gate(flat)
+    own = None if shared is None else shared(x)
+    if ways == devices:
+        y = experts(flat, routing, spread.first_of_all(experts.count)).reshape(rows.shape)
+        routing = jax.tree.map(lambda r: spread.own_rows(r.reshape(*rows.shape[:-1], -1)), routing)
+        return spread.sum_experts(y, own), routing
+    y = experts(flat, routing, spread.first(experts.count) if ways > 1 else 0).reshape(x.shape)
+    y = y if ways > 1 else spread.once(y)
+    routing = jax.tree.map(lambda r: r.reshape(*x.shape[:-1], -1), routing)
+    return spread.sum(y if own is None else y + own), routing
 
 
 class Moe(nnx.Module):
@@ -213,24 +244,6 @@ class Moe(nnx.Module):
         self, x: Float[Array, "B T D"], spread: Spread = ALONE
     ) -> tuple[Float[Array, "B T D"], Routing]:
         return routed(self.gate, self.experts, self.shared_experts, x, spread)
-
-
-class SoftmaxRouter(nnx.Module):
-    """Top-k of `softmax(x W)`, the weights of the chosen scaled to a sum of 1 if so configured."""
-
-    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
-        self.config = config
-        self.kernel = init_normal(rngs, (config.hidden_size, config.num_experts))
-
-    def __call__(self, x: Float[Array, "*rows D"]) -> Routing:
-        logits = exact_matmul(x, self.kernel[...])
-        score = jax.nn.softmax(logits)
-        best, expert = jax.lax.top_k(score, self.config.num_experts_per_tok)
-        if self.config.norm_topk_prob:
-            best = best / jnp.sum(best, axis=-1, keepdims=True)
-        chosen = jax.nn.one_hot(expert, score.shape[-1], dtype=score.dtype)
-        weight = jnp.sum(chosen * best[..., None], axis=-2)
-        return Routing(logits, score, expert, weight)
 
 
 class SparseMlp(nnx.Module):

@@ -16,7 +16,8 @@ from dspark_jax.draft import init_draft_params
 from dspark_jax.sharding import make_mesh, tree_shardings
 from dspark_jax.targets.families import make_target
 from dspark_jax.train.checks import check_batch
-from dspark_jax.train.files import LoadedTarget, embedded, load_target
+from dspark_jax.train.devices import make_meshes
+from dspark_jax.train.files import TargetFiles, embedded, find_target, read_target
 from dspark_jax.train.hidden_states import in_process
 from dspark_jax.train.presets import PRESETS, draft_config
 from dspark_jax.train.trainer import (
@@ -31,18 +32,20 @@ from dspark_jax.types import Batch
 
 ROWS, T = 8, 64
 SETTINGS = replace(PRESETS["tiny"], batch_rows=ROWS, sequence_length=T, max_anchors=6)
-MESHES = [MeshConfig(8, 1), MeshConfig(1, 8), MeshConfig(2, 4)]
+MESHES = [MeshConfig(8, 1), MeshConfig(1, 8), MeshConfig(2, 4), MeshConfig(2, 4, 2)]
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedTarget:
-    return load_target(embedded("tiny-glm"), SETTINGS.draft.aux_layer_ids)
+def found() -> TargetFiles:
+    return find_target(embedded("tiny-glm"), SETTINGS.draft.aux_layer_ids)
 
 
-def job_on(loaded: LoadedTarget, mesh: MeshConfig, **changes: Any) -> Job:
+def job_on(found: TargetFiles, mesh: MeshConfig, **changes: Any) -> Job:
     settings = replace(SETTINGS, mesh=mesh, **changes)
-    config, target = draft_config(settings.draft, loaded.config, 0), make_target(loaded.config)
-    given = (config, target, in_process(target), make_mesh(mesh), loaded, np.arange(512))
+    config, meshes = draft_config(settings.draft, found.config, 0), make_meshes(settings)
+    target = make_target(found.config, meshes.target)
+    loaded = read_target(found, meshes.target, settings.compute_dtype, lambda done, total: None)
+    given = (config, target, in_process(target), meshes, loaded, np.arange(512))
     return make_job(settings, *given)
 
 
@@ -58,9 +61,9 @@ def batch() -> Batch:
 
 
 @pytest.fixture(scope="module")
-def alone(loaded: LoadedTarget) -> Any:
+def alone(found: TargetFiles) -> Any:
     """Gradient and metrics on one device, in one part."""
-    return evaluate(job_on(loaded, MeshConfig(1, 1)))
+    return evaluate(job_on(found, MeshConfig(1, 1)))
 
 
 def evaluate(job: Job) -> Any:
@@ -79,17 +82,15 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_a_mesh_changes_neither_loss_nor_gradient(
-    loaded: LoadedTarget, alone: Any, mesh: MeshConfig
-):
-    assert_same(evaluate(job_on(loaded, mesh)), alone)
+def test_a_mesh_changes_neither_loss_nor_gradient(found: TargetFiles, alone: Any, mesh: MeshConfig):
+    assert_same(evaluate(job_on(found, mesh)), alone)
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 4}, {"gradient_checkpointing": True}], ids=str)
 def test_parts_and_recomputation_change_neither(
-    loaded: LoadedTarget, alone: Any, changes: dict[str, Any]
+    found: TargetFiles, alone: Any, changes: dict[str, Any]
 ):
-    gradient, metrics = evaluate(job_on(loaded, MeshConfig(1, 1), **changes))
+    gradient, metrics = evaluate(job_on(found, MeshConfig(1, 1), **changes))
     wanted, totals = alone
     assert_same(gradient, wanted)
     for name in ("loss", "tv_loss", "confidence_loss", "accept_len"):
@@ -97,8 +98,8 @@ def test_parts_and_recomputation_change_neither(
         assert ratio == pytest.approx(totals[f"{name}_sum"] / totals[f"{name}_total"], rel=1e-5)
 
 
-def test_weights_and_optimizer_state_are_spread_over_the_devices(loaded: LoadedTarget):
-    job = job_on(loaded, MeshConfig(1, 8))
+def test_weights_and_optimizer_state_are_spread_over_the_devices(found: TargetFiles):
+    job = job_on(found, MeshConfig(1, 8))
     state = init_state(job, init_draft_params(job.config, 0))
     shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state)]
     sizes = [leaf.size for leaf in jax.tree.leaves(state)]
@@ -112,8 +113,8 @@ def test_weights_and_optimizer_state_are_spread_over_the_devices(loaded: LoadedT
     )
 
 
-def test_bfloat16_activations_train_float32_weights(loaded: LoadedTarget, alone: Any):
-    gradient, metrics = evaluate(job_on(loaded, MeshConfig(1, 1), compute_dtype="bfloat16"))
+def test_bfloat16_activations_train_float32_weights(found: TargetFiles, alone: Any):
+    gradient, metrics = evaluate(job_on(found, MeshConfig(1, 1), compute_dtype="bfloat16"))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
     assert metrics["loss_sum"] == pytest.approx(alone[1]["loss_sum"], rel=0.02)
 
