@@ -10,6 +10,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 EXAMPLES = 3
+TIES = {
+    True: "a near tie",
+    False: "NOT A NEAR TIE",
+    None: "in a narrow type, where rounding may decide",
+}
 
 
 def write_report(
@@ -64,7 +69,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{len(greedy['one_token_program_divergences'])} of {greedy['answers']} answers diverge"
         + "".join(
             f"; prompt {d['prompt']} at token {d['position']}, by a {d['kind']} margin of "
-            f"{d['margin']:.1e} ({'a near tie' if d['near_tie'] else 'NOT A NEAR TIE'})"
+            f"{d['margin']:.1e} ({TIES[d['near_tie']]})"
             for d in greedy["one_token_program_divergences"]
         )
         + ".",
