@@ -100,6 +100,8 @@ def make_objective(job: Job) -> Objective:
         part: Part | None = None,
     ) -> tuple[Float[Array, ""], Outcome]:
         states = jax.lax.stop_gradient(job.source.states(target_params, batch, fetched))
+        # Every device takes its rows of what its group of the target computed: nothing travels.
+        states = jax.lax.with_sharding_constraint(states, sharding.row_sharding(job.mesh))
         drafter = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params), copy=True)
         teacher = Teacher(target_params, frozen.target_id)
         given = (drafter, frozen, teacher, batch, states, blocks, part)
