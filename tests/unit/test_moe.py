@@ -181,7 +181,9 @@ def part_of(given: Choices, device: int) -> jax.Array:
         jax.tree.map(lambda k: jax.lax.dynamic_slice_in_dim(k, device * here, here), kernel)
         for kernel in given.kernels
     ]
-    return local_experts(given.rows, given.expert - device * here, given.share, *kernels, EXPERTS)
+    gate, up, down = kernels
+    local = given.expert - device * here
+    return local_experts(given.rows, local, given.share, gate, up, down, EXPERTS)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
