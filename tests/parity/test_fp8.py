@@ -1,9 +1,10 @@
 """FP8 weights against PyTorch: every array of each `--golden`/targets/*/golden_fp8.npz.
 
-Weights are dequantised and activations plain (W8A16), as transformers computed them; the module path keeps its kernels in FP8. Products with
-quantised activations too (W8A8) are compared one linear at a time: from end to end they are
-chaotic, because the last bit of one e4m3 number picks another expert or another key a few layers
-on, so `logits_w8a8` (which a fixture may hold) is no reference for anybody but its writer.
+Weights are dequantised and activations plain (W8A16), as transformers computed them; what is
+`as_stored`, and what goes through a cache, has its kernels in FP8. Products with quantised
+activations too (W8A8) are compared one linear at a time: from end to end they are chaotic, because
+the last bit of one e4m3 number picks another expert or another key a few layers on, so
+`logits_w8a8` (which a fixture may hold) is no reference for anybody but its writer.
 """
 
 from functools import lru_cache
