@@ -121,7 +121,8 @@ def load_stored(folder: Path, unroll: int, way: str) -> Model:
     """The same model with its kernels in FP8 as stored, decoded by the modules."""
     model, stored = load(folder, unroll), read_header(folder / "model_fp8.safetensors")
     # On two devices they stay in FP8; on one a target as small as a fixture is multiplied out.
-    params = load_params(model.config, stored, block_of(folder)[::-1], two_devices())
+    rows, columns = block_of(folder)
+    params = load_params(model.config, stored, (columns, rows), two_devices())
     kernels = jax.tree.leaves(params, is_leaf=is_scaled)
     assert sum(map(is_scaled, kernels)) > 7
     if way == MODULES:
