@@ -102,7 +102,7 @@ class Experts(nnx.Module):
         here, everywhere = self.count, routing.weight.shape[1]
         if self.few:
             weight = jax.lax.dynamic_slice_in_dim(routing.weight, first, here, axis=1)
-            return all_experts(x, weight, *map(plain, kernels))
+            return all_experts(x, weight, *(plain(k, x.dtype) for k in kernels))
         share = jnp.take_along_axis(routing.weight, routing.expert, axis=-1)
         if here == everywhere:
             return chosen_experts(x, routing.expert, share, *kernels)
@@ -114,9 +114,9 @@ class Experts(nnx.Module):
         return self.gate_proj[...].shape[0]
 
 
-def plain(kernels: Kernels) -> Float[Array, "E i o"]:
-    """The matrices themselves, in bfloat16 where they are kept in FP8."""
-    return dequantise(kernels, jnp.bfloat16) if isinstance(kernels, BlockScaled) else kernels
+def plain(kernels: Kernels, dtype: Any) -> Float[Array, "E i o"]:
+    """The matrices themselves, in `dtype` where they are kept in FP8."""
+    return dequantise(kernels, dtype) if isinstance(kernels, BlockScaled) else kernels
 
 
 def all_experts(

@@ -1,9 +1,10 @@
 """FP8 weights against PyTorch: every array of each `--golden`/targets/*/golden_fp8.npz.
 
-Weights are dequantised and activations plain (W8A16), as transformers computed them. Products with
-quantised activations too (W8A8) are compared one linear at a time: from end to end they are
-chaotic, because the last bit of one e4m3 number picks another expert or another key a few layers
-on, so `logits_w8a8` (which a fixture may hold) is no reference for anybody but its writer.
+Weights are dequantised and activations plain (W8A16), as transformers computed them; what is
+`as_stored`, and what goes through a cache, has its kernels in FP8. Products with quantised
+activations too (W8A8) are compared one linear at a time: from end to end they are chaotic, because
+the last bit of one e4m3 number picks another expert or another key a few layers on, so
+`logits_w8a8` (which a fixture may hold) is no reference for anybody but its writer.
 """
 
 from functools import lru_cache
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
+from dspark_jax.checkpoints.header import read_header
 from dspark_jax.fp8 import (
     Block,
     BlockScaled,
@@ -24,13 +26,17 @@ from dspark_jax.fp8 import (
     matmul_w8a8,
     quantise_activations,
 )
+from dspark_jax.targets.load import load_params
 from tests.parity.test_glm import (
     ABOUT_THE_FIXTURE,
+    MESH,
+    MODULES,
     RELATIVE,
     Arrays,
     Model,
     Trace,
     build,
+    decoded,
     described,
     differences,
     expected_names,
@@ -38,6 +44,8 @@ from tests.parity.test_glm import (
     ints,
     layer_arrays,
     run,
+    through_cache,
+    two_devices,
 )
 
 DTYPES = {"F8_E4M3": jnp.float8_e4m3fn, "BF16": jnp.bfloat16, "F32": np.float32}
@@ -57,6 +65,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("folder", folders, ids=lambda folder: folder.name)
     if "unroll" in metafunc.fixturenames:
         metafunc.parametrize("unroll", [1000, 0], ids=["one_by_one", "scanned"])
+    if "way" in metafunc.fixturenames:
+        metafunc.parametrize("way", [MODULES, pytest.param(MESH, marks=pytest.mark.slow)])
 
 
 @lru_cache
@@ -107,8 +117,27 @@ def load(folder: Path, unroll: int) -> Model:
 
 
 @lru_cache
-def trace(folder: Path, unroll: int) -> Trace:
-    return run(load(folder, unroll), ints(arrays_of(folder)["input_ids"]))
+def load_stored(folder: Path, unroll: int, way: str) -> Model:
+    """The same model with its kernels in FP8 as stored, decoded by the modules."""
+    model, stored = load(folder, unroll), read_header(folder / "model_fp8.safetensors")
+    # On two devices they stay in FP8; on one a target as small as a fixture is multiplied out.
+    rows, columns = block_of(folder)
+    params = load_params(model.config, stored, (columns, rows), two_devices())
+    kernels = jax.tree.leaves(params, is_leaf=is_scaled)
+    assert sum(map(is_scaled, kernels)) > 7
+    if way == MODULES:
+        params = jax.device_put(params, jax.devices()[0])
+    return decoded(model._replace(params=params), way)
+
+
+def is_scaled(x: Any) -> bool:
+    return isinstance(x, BlockScaled)
+
+
+@lru_cache
+def trace(folder: Path, unroll: int, stored: bool = False) -> Trace:
+    model = load_stored(folder, unroll, MODULES) if stored else load(folder, unroll)
+    return run(model, ints(arrays_of(folder)["input_ids"]))
 
 
 def test_there_is_something_to_check():
@@ -122,15 +151,33 @@ def test_a_fixture_has_all_its_arrays_and_no_others(folder: Path):
     assert arrays_of(folder).keys() - NOT_COMPARED == computed | ONE_LINEAR
 
 
-def test_what_every_layer_computes_matches(folder: Path, unroll: int):
-    ours, arrays = layer_arrays(load(folder, 1000), trace(folder, unroll)), arrays_of(folder)
+@pytest.mark.parametrize("stored", [False, True], ids=["multiplied_out", "as_stored"])
+def test_what_every_layer_computes_matches(folder: Path, unroll: int, stored: bool):
+    one_by_one = load_stored(folder, 1000, MODULES) if stored else load(folder, 1000)
+    ours, arrays = layer_arrays(one_by_one, trace(folder, unroll, stored)), arrays_of(folder)
     assert set(ours) == {name for name in arrays if name.startswith("layer")}
     assert not differences(ours, arrays)
 
 
-def test_hidden_states_and_logits_match(folder: Path, unroll: int):
-    ours = hidden_states(load(folder, unroll), trace(folder, unroll))
+@pytest.mark.parametrize("stored", [False, True], ids=["multiplied_out", "as_stored"])
+def test_hidden_states_and_logits_match(folder: Path, unroll: int, stored: bool):
+    model = load_stored(folder, unroll, MODULES) if stored else load(folder, unroll)
+    ours = hidden_states(model, trace(folder, unroll, stored))
     assert not differences(ours, arrays_of(folder))
+
+
+def test_logits_through_the_cache_match(folder: Path, unroll: int, way: str):
+    arrays, model = arrays_of(folder), load_stored(folder, unroll, way)
+    tokens = ints(arrays["input_ids"])
+    end = tokens.shape[1]
+    # The rows of a refused draft are written, then overwritten by the real ones.
+    refused = (tokens[:, end - 7 : end - 2] + 7) % model.config.vocab_size
+    refused = refused.at[:, :2].set(tokens[:, end - 7 : end - 5])
+    chunks = [(0, end - 7, None), (end - 7, end - 2, refused), (end - 5, end, None)]
+    chunks += [(end - 1, end, None)]
+    before, proposed, after, last = through_cache(model, tokens, chunks)
+    ours = jnp.concatenate([before, proposed[:, :2], after[:, :-1], last], axis=1)
+    assert not differences({"logits": ours}, arrays)
 
 
 @pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["eager", "compiled"])

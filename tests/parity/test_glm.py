@@ -1,7 +1,7 @@
 """Our GLM against the PyTorch one: every array of every folder `--golden`/targets/*/golden.npz.
 
 Sizes come from each folder's config.json. Everything is checked twice, with layers run one by one
-and with layers stacked and scanned.
+and with layers stacked and scanned; what goes through a cache also by every way of decoding.
 """
 
 import json
@@ -15,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from dspark_jax.config import GlmConfig
+from dspark_jax.sharding import target_mesh, tree_shardings
 from dspark_jax.stack import members
 from dspark_jax.targets.families import make_target
 from dspark_jax.targets.glm import Glm
 from dspark_jax.targets.glm_config import config_from_json
+from dspark_jax.targets.mesh import spread_decoding
 from dspark_jax.targets.residual import Choices
 from dspark_jax.targets.weights import params_from_tensors, tensors_from_params
 from dspark_jax.types import Rows, Target
@@ -35,6 +38,9 @@ ABOUT_THE_FIXTURE = {
 }
 """Arrays that describe no result of the model."""
 INPUTS = {"input_ids", "prefill_len", "verify_len", "leftpad_mask"}
+
+COMPACT, MODULES, MESH = "compact", "modules", "mesh"
+"""Ways of decoding: weights laid out anew, the modules that train, these on two devices."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -67,6 +73,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("folder", folders, ids=lambda folder: folder.name)
     if "unroll" in metafunc.fixturenames:
         metafunc.parametrize("unroll", [1000, 0], ids=["one_by_one", "scanned"])
+    if "way" in metafunc.fixturenames:
+        mesh = pytest.param(MESH, marks=pytest.mark.slow)
+        metafunc.parametrize("way", [COMPACT, MODULES, mesh])
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -99,9 +108,39 @@ def build(
     settings |= {"aux_layer_ids": tuple(range(layers + 1))} | changes
     config = config_from_json(description, **settings)
     params = params_from_tensors(config, shapes, get)
-    target = make_target(config)
-    compiled = target._replace(trace=jax.jit(target.trace), extend=jax.jit(target.extend))
-    return Model(compiled, params, config)
+    return Model(compiled(make_target(config)), params, config)
+
+
+def compiled(target: Target) -> Target:
+    """The target with the functions compiled that are called often."""
+    names = "trace", "extend", "logits"
+    return target._replace(**{name: jax.jit(getattr(target, name)) for name in names})
+
+
+def decoded(model: Model, way: str) -> Model:
+    """The same model, decoded another way."""
+    if way == COMPACT:
+        return model
+    if way == MODULES:
+        graphdef, _ = nnx.split(glm_of(model.config))
+        functions = spread_decoding(
+            model.config, lambda params: nnx.merge(graphdef, params, copy=True), None
+        )
+        return model._replace(target=compiled(make_target(model.config)._replace(**functions)))
+    mesh = two_devices()
+    params = jax.device_put(model.params, tree_shardings(mesh, model.params, "glm"))
+    return model._replace(target=compiled(make_target(model.config, mesh)), params=params)
+
+
+def two_devices() -> Mesh:
+    """They share the experts only: a fixture's heads and vocabulary may be odd."""
+    return target_mesh(jax.devices()[:2], 1)
+
+
+@lru_cache(maxsize=8)
+def load_decoded(folder: Path, unroll: int, way: str) -> Model:
+    """The folder's model, decoded this way."""
+    return decoded(load(folder, unroll), way)
 
 
 @lru_cache(maxsize=8)
@@ -280,8 +319,8 @@ def test_padding_on_the_left_is_a_document_of_its_own(folder: Path, unroll: int)
     assert not differences({name: np.asarray(ours)[real]}, {name: theirs})
 
 
-def test_logits_through_the_cache_match(folder: Path, unroll: int):
-    arrays, model = arrays_of(folder), load(folder, unroll)
+def test_logits_through_the_cache_match(folder: Path, unroll: int, way: str):
+    arrays, model = arrays_of(folder), load_decoded(folder, unroll, way)
     tokens, prefill = ints(arrays["input_ids"]), int(arrays["prefill_len"])
     verified = prefill + int(arrays["verify_len"])
     singles = [(i, i + 1, None) for i in range(verified, tokens.shape[1])]
@@ -290,8 +329,8 @@ def test_logits_through_the_cache_match(folder: Path, unroll: int):
     assert not differences({"cached_logits": ours}, arrays)
 
 
-def test_rejected_rows_leave_no_trace_once_overwritten(folder: Path, unroll: int):
-    arrays, model = arrays_of(folder), load(folder, unroll)
+def test_rejected_rows_leave_no_trace_once_overwritten(folder: Path, unroll: int, way: str):
+    arrays, model = arrays_of(folder), load_decoded(folder, unroll, way)
     tokens, start = ints(arrays["input_ids"]), int(arrays["prefill_len"])
     end = start + int(arrays["verify_len"])
     kept = start + 2
