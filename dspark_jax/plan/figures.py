@@ -134,6 +134,7 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
     return figures | {
         "bytes": cost.bytes,
         "bytes_above_floor": step.above_floor,
+        "instructions": cost.instructions,
         "flops": cost.flops,
         "fp8_flops": cost.fp8_flops,
         "sent_bytes": sent_bytes(cost),

@@ -16,6 +16,7 @@ from dspark_jax.fp8 import BlockScaled
 from dspark_jax.generation import plain_state
 from dspark_jax.loop import Request, Weights, decode_step, init_state
 from dspark_jax.plan.floor import STORED_FP8
+from dspark_jax.sampling import largest
 from dspark_jax.sharding import tree_shardings
 from dspark_jax.spread import over, rows
 from dspark_jax.targets.families import make_target
@@ -100,8 +101,7 @@ def plain_step(target: Target, weights: Any, state: DecodeState) -> tuple[Decode
     """The most likely next token of every sequence."""
     given = Rows(state.anchor[:, None], state.length[:, None])
     cache, states = target.extend(weights, state.target_cache, given)
-    token: Int[Array, "B"] = jnp.argmax(target.logits(weights, states.final_hidden)[:, 0], axis=-1)
-    token = token.astype(jnp.int32)
+    token: Int[Array, "B"] = largest(target.logits(weights, states.final_hidden)[:, 0])
     return state._replace(anchor=token, length=state.length + 1, target_cache=cache), token
 
 

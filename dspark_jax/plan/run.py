@@ -35,6 +35,17 @@ from dspark_jax.targets.weights import entries
 
 def run(settings: PlanSettings) -> Plan:
     """Plan, print, and write the figures where the settings say. Raises ValueError."""
+    with Console(stderr=True).status(f"compiling two steps for {settings.mesh}"):
+        plan = make_plan(settings)
+    # A pipe has no width: tables keep their names whole in it.
+    show(plan, Console(width=None if sys.stdout.isatty() else 120))
+    if settings.json is not None:
+        write_json(settings.json, plan)
+    return plan
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """Compile both steps and account them. Raises ValueError."""
     check(settings)
     machine = parse_machine(settings.mesh)
     models = find_models(settings.target, settings.draft)
@@ -45,19 +56,13 @@ def run(settings: PlanSettings) -> Plan:
     )
     drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
     sizes = (settings.batch, settings.context)
-    with Console(stderr=True).status(f"compiling two steps for {machine.name}"):
-        plain = plain_program(models.target, models.block, mesh, *sizes)
-        fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
-        plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
-        fast_step, memory = measure(
-            machine, settings, fast, (target, drafter), settings.acceptance_length
-        )
-    plan = Plan(settings, machine, models, tensor, memory, plain_step, fast_step)
-    # A pipe has no width: tables keep their names whole in it.
-    show(plan, Console(width=None if sys.stdout.isatty() else 120))
-    if settings.json is not None:
-        write_json(settings.json, plan)
-    return plan
+    plain = plain_program(models.target, models.block, mesh, *sizes)
+    fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
+    plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
+    fast_step, memory = measure(
+        machine, settings, fast, (target, drafter), settings.acceptance_length
+    )
+    return Plan(settings, machine, models, tensor, memory, plain_step, fast_step)
 
 
 def measure(

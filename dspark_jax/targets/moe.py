@@ -217,7 +217,8 @@ def routed(
     shares them, or every device has them all.
     """
     ways, devices = gate.kernel[...].shape[1] // experts.count, spread.data * spread.tensor
-    rows = spread.all_rows(x) if ways == devices else x
+    with jax.named_scope("experts"):
+        rows = spread.all_rows(x) if ways == devices else x
     flat = rows.reshape(-1, x.shape[-1])
     with jax.named_scope("router"):
         routing = gate(flat)
@@ -227,12 +228,14 @@ def routed(
         with jax.named_scope("experts"):
             y = experts(flat, routing, spread.first_of_all(experts.count)).reshape(rows.shape)
         routing = jax.tree.map(lambda r: spread.own_rows(r.reshape(*rows.shape[:-1], -1)), routing)
-        return spread.sum_experts(y, own), routing
+        with jax.named_scope("experts"):
+            return spread.sum_experts(y, own), routing
     with jax.named_scope("experts"):
         y = experts(flat, routing, spread.first(experts.count) if ways > 1 else 0).reshape(x.shape)
     y = y if ways > 1 else spread.once(y)
     routing = jax.tree.map(lambda r: r.reshape(*x.shape[:-1], -1), routing)
-    return spread.sum(y if own is None else y + own), routing
+    with jax.named_scope("experts"):
+        return spread.sum(y if own is None else y + own), routing
 
 
 class Moe(nnx.Module):

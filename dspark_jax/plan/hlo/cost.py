@@ -62,6 +62,8 @@ class Cost(NamedTuple):
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...]
+    instructions: int = 0
+    """Of the program's text, however often they run."""
 
     def read(self, argument: int) -> int:
         """Bytes read of one argument."""
@@ -81,7 +83,8 @@ def account(
     module = parse_module(text, estimates)
     tally = _Tally(weights)
     tally.walk(Scope(module, module.entry), 1)
-    return tally.cost()._replace(arguments=argument_names(module))
+    count = sum(len(one.instructions) for one in module.computations.values())
+    return tally.cost()._replace(arguments=argument_names(module), instructions=count)
 
 
 class _Tally:

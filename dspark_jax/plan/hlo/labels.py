@@ -4,7 +4,7 @@ Models name their parts with `jax.named_scope`, and arguments have the names of 
 """
 
 import re
-from os.path import commonprefix
+from collections import Counter
 
 from dspark_jax.plan.hlo.scope import Scope, origin
 from dspark_jax.plan.hlo.shapes import leaves
@@ -47,10 +47,10 @@ def place(one: Instruction) -> list[str]:
 
 
 def loop_label(scope: Scope, loop: Instruction) -> str:
-    """What all instructions of a loop that have a place have in common of it."""
+    """Where most instructions of a loop come from."""
     inside = scope.module.called(loop, "body").instructions.values()
-    shared = commonprefix([path[:-1] for one in inside if len(path := place(one)) > 1])
-    return "/".join(shared) or label(scope, loop)
+    places = Counter("/".join(path[:-1]) for one in inside if (path := place(one)))
+    return (places.most_common(1)[0][0] if places else "") or label(scope, loop)
 
 
 def argument_names(module: Module) -> dict[int, str]:
