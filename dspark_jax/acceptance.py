@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from dspark_jax.sampling import largest, salted
+from dspark_jax.sampling import draw, largest, salted
 from dspark_jax.types import Proposal, Verdict
 
 ACCEPT_SALT, EMIT_SALT = 1, 2
@@ -72,8 +72,8 @@ def _kept_by_chance(
     place = jnp.searchsorted(target_id, proposal.tokens)
     log_p = jnp.take_along_axis(log_p, proposal.tokens[..., None], axis=-1)[..., 0]
     log_q = jnp.take_along_axis(log_q, place[..., None], axis=-1)[..., 0]
-    draw = jax.vmap(lambda key: jax.random.uniform(key, log_p.shape[1:]))
-    return jnp.log(draw(salted(keys, ACCEPT_SALT))) < log_p - log_q
+    chance = jax.vmap(lambda key: jax.random.uniform(key, log_p.shape[1:]))
+    return jnp.log(chance(salted(keys, ACCEPT_SALT))) < log_p - log_q
 
 
 def _emit(
@@ -93,7 +93,7 @@ def _emit(
     # Rounding can leave nothing when p and q agree; the refusal then had probability zero.
     empty = jnp.sum(residual, axis=-1, keepdims=True) <= 0.0
     weights = jnp.where(refused[:, None] & ~empty, residual, p)
-    return jax.vmap(jax.random.categorical)(salted(keys, EMIT_SALT), jnp.log(weights))
+    return draw(salted(keys, EMIT_SALT), jnp.log(weights))
 
 
 def _at(values: Float[Array, "B S V"], row: Int[Array, "B"]) -> Float[Array, "B V"]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dspark_jax import draft_decoder
 from dspark_jax.config import DraftConfig
@@ -68,7 +68,7 @@ def dspark_draft(config: DraftConfig, mesh: Mesh | None = None) -> Draft:
     return Draft(config.draft_length, prepare, init_cache, extend_context, draft_block)
 
 
-def check_mesh(config: DraftConfig, mesh: Mesh) -> None:
+def check_mesh(config: DraftConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise ValueError when a draft's parts cannot be shared evenly; it names all of them."""
     shared = {
         "hidden columns": config.hidden_size,

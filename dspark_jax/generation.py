@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dspark_jax.loop import Emitted, Request, Weights, cache_capacity, decode_step
-from dspark_jax.sampling import largest
+from dspark_jax.sampling import draw, largest
 from dspark_jax.types import DecodeState, Draft, Rows, Target
 
 
@@ -132,13 +132,13 @@ def sample(
 ) -> Int[Array, "B"]:
     """A draw from softmax(logits / temperature) per sequence; the argmax at temperature 0."""
 
-    def draw() -> Int[Array, "B"]:
+    def by_chance() -> Int[Array, "B"]:
         fresh = jax.vmap(jax.random.fold_in)(keys, length)
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
-        return jax.vmap(jax.random.categorical)(fresh, scaled)
+        return draw(fresh, scaled)
 
     best = largest(logits)
-    drawn = jax.lax.cond(jnp.all(temperature == 0), lambda: best, draw)
+    drawn = jax.lax.cond(jnp.all(temperature == 0), lambda: best, by_chance)
     return jnp.where(temperature == 0, best, drawn).astype(jnp.int32)
 
 

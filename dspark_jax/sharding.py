@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config import MeshConfig
 
@@ -176,7 +176,7 @@ def tree_specs(mesh: Mesh, tree: Any, family: Family) -> Any:
 
 
 def spec(
-    mesh: Mesh, path: list[str], shape: tuple[int, ...], family: Family = "training"
+    mesh: Mesh | AbstractMesh, path: list[str], shape: tuple[int, ...], family: Family = "training"
 ) -> PartitionSpec:
     """The rule for one array; axes in front (stacks) and those that do not divide stay whole.
 
@@ -198,7 +198,7 @@ def spec(
     return PartitionSpec(*axes)
 
 
-def axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...]) -> int:
     """Devices along one axis of the mesh, or several."""
     return int(np.prod([mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis)]))
 

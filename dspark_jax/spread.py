@@ -45,7 +45,8 @@ class Spread:
             return table[tokens]
         local = tokens - self.first(len(table))
         here = (local >= 0) & (local < len(table))
-        return self.sum(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0))
+        with jax.named_scope("embed"):
+            return self.sum(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0))
 
     def first(self, size: int) -> int | Int[Array, ""]:
         """Where this device's `size` columns begin."""

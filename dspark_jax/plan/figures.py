@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from dspark_jax.plan.bounds import Bound, Remedies, accounted, bound, remedies, sent_bytes
 from dspark_jax.plan.chips import Machine
+from dspark_jax.plan.excess import excesses
 from dspark_jax.plan.hlo.cost import Cost
 from dspark_jax.plan.memory import Memory
 from dspark_jax.plan.models import Models
@@ -18,16 +19,20 @@ TOLERANCE = 1.25
 class Step(NamedTuple):
     """One compiled step: `cost` is None when the compiler refused.
 
-    `floor_bytes` are what a device that reads once all it holds and needs would read;
-    `spread_bytes` the same if nothing were held twice. `yields` tokens per sequence.
+    `floors` are what a device that reads once all it holds and needs would read of every argument;
+    `spread_bytes` all of it if nothing were held twice. `yields` tokens per sequence.
     """
 
     tokens: int
     yields: float
     cost: Cost | None
-    floor_bytes: float
+    floors: tuple[float, ...]
     spread_bytes: float
     compile_seconds: float
+
+    @property
+    def floor_bytes(self) -> float:
+        return sum(self.floors)
 
     @property
     def above_floor(self) -> float | None:
@@ -129,11 +134,13 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
     return figures | {
         "bytes": cost.bytes,
         "bytes_above_floor": step.above_floor,
+        "instructions": cost.instructions,
         "flops": cost.flops,
         "fp8_flops": cost.fp8_flops,
         "sent_bytes": sent_bytes(cost),
         "seconds": {**limit._asdict(), "total": limit.seconds},
         "collectives": [one._asdict() for one in cost.collectives],
         "operations": [one._asdict() for one in cost.operations[: plan.settings.operations]],
+        "above_floor": [one._asdict() for one in excesses(cost, step.floors)],
         "notes": list(cost.notes),
     }

@@ -117,20 +117,20 @@ def step_bytes(needs: Needs, tokens: int, sequences: int, context: int) -> float
     )
 
 
-def held_bytes(
-    weights: Iterable[Held], needs: Needs, tokens: int, cache: int, context_share: float
-) -> float:
-    """Bytes of a step on one device that reads once what it holds and needs.
+def held_bytes(weights: Iterable[Held], needs: Needs, tokens: int) -> list[float]:
+    """Bytes of every weight in a step on one device that reads once what it holds and needs.
 
     `tokens` are those of all devices: any of them may choose an expert held here. Copies on
-    several devices count on each. `cache` is what the device holds, `context_share` how much of
-    it is filled.
+    several devices count on each. Of tables of embeddings one counts, for the tokens' rows.
     """
     experts = distinct_experts(needs.experts, needs.chosen, tokens)
     share = experts / needs.experts if needs.experts else 1.0
-    total = 0.0
+    found, rows = [], float(tokens * needs.embedding_row)
     for weight in weights:
         if "embed" in weight.path or "markov_w1" in weight.path:
-            continue
-        total += weight.bytes * (share if "experts" in weight.path else 1.0)
-    return total + tokens * needs.embedding_row + cache * context_share
+            found.append(rows)
+            rows = 0.0
+        else:
+            routed = "experts" in weight.path and "shared_experts" not in weight.path
+            found.append(weight.bytes * (share if routed else 1.0))
+    return found

@@ -53,6 +53,13 @@ def held_weights(tree: Any) -> Iterator[Held]:
         yield Held(jax.tree_util.keystr(path), shard_bytes(leaf))
 
 
+def cache_bytes(state: Any, cache: Any) -> Iterator[float]:
+    """Of every array of a state on one device, if it is one of the caches' in it."""
+    caches = {id(leaf) for leaf in jax.tree.leaves(cache)}
+    for leaf in jax.tree.leaves(state):
+        yield float(shard_bytes(leaf)) if id(leaf) in caches else 0.0
+
+
 def beyond_arguments(stats: Any, argument_bytes: int) -> int:
     """What the compiler's memory analysis finds beyond arguments of these bytes.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from dspark_jax.config import DraftConfig, TargetConfig
@@ -16,7 +16,9 @@ from dspark_jax.fp8 import BlockScaled
 from dspark_jax.generation import plain_state
 from dspark_jax.loop import Request, Weights, decode_step, init_state
 from dspark_jax.plan.floor import STORED_FP8
-from dspark_jax.sharding import DATA, tree_shardings
+from dspark_jax.sampling import largest
+from dspark_jax.sharding import tree_shardings
+from dspark_jax.spread import over, rows
 from dspark_jax.targets.families import make_target
 from dspark_jax.targets.load import FP8, kept_type, scale_shape
 from dspark_jax.targets.mesh import family
@@ -70,13 +72,13 @@ def decode_program(
         partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys
     )
     state = state_on(mesh, state, target_config)
-    lie = NamedSharding(mesh, PartitionSpec(DATA))
+    lie = NamedSharding(mesh, rows(over(mesh, batch)))
 
     def row(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((batch,), dtype, sharding=lie)
 
     request = Request(row(jnp.int32), row(jnp.float32), row(jnp.int32))
-    step = jax.jit(partial(decode_step, target, draft), donate_argnums=1)
+    step = jax.jit(partial(decode_step, target, draft), donate_argnums=1, keep_unused=True)
     cache, width = (state.target_cache, state.draft_cache), draft_config.draft_length + 1
     return Program(step, weights, state, cache, weights.frozen, (request,), width)
 
@@ -91,16 +93,15 @@ def plain_program(
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     state = jax.eval_shape(partial(plain_state, target, capacity=context, dtype=TYPE), keys=keys)
     state = state_on(mesh, state, config)
-    step = jax.jit(partial(plain_step, target), donate_argnums=1)
+    step = jax.jit(partial(plain_step, target), donate_argnums=1, keep_unused=True)
     return Program(step, weights, state, state.target_cache, (), (), 1)
 
 
 def plain_step(target: Target, weights: Any, state: DecodeState) -> tuple[DecodeState, Any]:
     """The most likely next token of every sequence."""
-    rows = Rows(state.anchor[:, None], state.length[:, None])
-    cache, states = target.extend(weights, state.target_cache, rows)
-    token: Int[Array, "B"] = jnp.argmax(target.logits(weights, states.final_hidden)[:, 0], axis=-1)
-    token = token.astype(jnp.int32)
+    given = Rows(state.anchor[:, None], state.length[:, None])
+    cache, states = target.extend(weights, state.target_cache, given)
+    token: Int[Array, "B"] = largest(target.logits(weights, states.final_hidden)[:, 0])
     return state._replace(anchor=token, length=state.length + 1, target_cache=cache), token
 
 
@@ -133,8 +134,8 @@ def placed(mesh: Mesh, tree: Any, table: Any) -> Any:
 
 
 def state_on(mesh: Mesh, state: DecodeState, config: TargetConfig) -> DecodeState:
-    """Sequences are shared out over the groups of devices, heads within each."""
-    row = NamedSharding(mesh, PartitionSpec(DATA))
+    """Sequences are shared out over the groups of devices if they can be, heads within each."""
+    row = NamedSharding(mesh, rows(over(mesh, state.keys.shape[0])))
     rest = state._replace(target_cache=(), draft_cache=())
     rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row), rest)
     return rest._replace(

@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dspark_jax.plan.bounds import sent_bytes
+from dspark_jax.plan.excess import excesses
 from dspark_jax.plan.figures import TOLERANCE, Plan, Step
-from dspark_jax.plan.hlo.cost import Cost, Operation
+from dspark_jax.plan.hlo.cost import Cost
 
 UNKNOWN = "-"
 Figure = Callable[[Step, Cost], str]
@@ -26,7 +27,7 @@ def show(plan: Plan, console: Console) -> None:
         if step.cost.collectives:
             console.print(collective_table(name, plan, step.cost))
         if (step.above_floor or 0) > TOLERANCE:
-            console.print(operation_table(name, plan, step))
+            console.print(excess_table(name, plan, step))
         for note in step.cost.notes:
             console.print(f"note ({name} step): {note}", highlight=False, markup=False)
 
@@ -39,10 +40,22 @@ def heading(plan: Plan) -> str:
         f"{s.target} ({stored}) with a draft of {draft.num_hidden_layers} layers and "
         f"{draft.draft_length} tokens on {plan.machine.name}: {plan.machine.devices} devices as "
         f"{plan.data} data x {plan.tensor} tensor; batch {s.batch}, context {s.context:,}\n"
+        f"{sharing(plan)}\n"
         f"peaks of a device: {chip.bytes_per_second / 1e12:.2f} TB/s of memory, "
         f"{chip.bf16_flops / 1e12:,.0f} TFLOP/s in bfloat16, {chip.fp8_flops / 1e12:,.0f} in FP8, "
         f"{shown(chip.interconnect_bytes_per_second)}/s to others"
     )
+
+
+def sharing(plan: Plan) -> str:
+    """Who has which sequences."""
+    batch, groups = plan.settings.batch, plan.data
+    if batch % groups:
+        return (
+            f"{batch} sequences cannot be shared evenly by {groups} groups of {plan.tensor} "
+            "devices: every group holds and decodes all of them"
+        )
+    return f"each group of {plan.tensor} devices decodes {batch // groups} sequences"
 
 
 def memory_table(plan: Plan) -> Table:
@@ -138,22 +151,23 @@ def collective_table(name: str, plan: Plan, cost: Cost) -> Table:
     return table
 
 
-def operation_table(name: str, plan: Plan, step: Step) -> Table:
-    """What costs the bytes above the floor: the dearest beyond reading weights and caches."""
+def excess_table(name: str, plan: Plan, step: Step) -> Table:
+    """What costs the bytes above the floor: the operations that cost most of them."""
     cost = step.cost
     assert cost is not None
     ratio, excess = step.above_floor or 0, cost.bytes - step.floor_bytes
     title = f"the {name} step moves {ratio:.2f} times its floor; {shown(excess)} above it:"
-    table = Table(
-        "operation", *map(_right, ("times", "moved", "of weights and caches")), title=title
-    )
-    read = sum(one.argument_bytes for one in cost.operations)
-    dearest = sorted(cost.operations, key=_beyond_arguments, reverse=True)
-    for one in dearest[: plan.settings.operations]:
-        table.add_row(one.name, str(one.times), shown(one.bytes), shown(one.argument_bytes))
-    others = read - step.floor_bytes
-    if others > 0:
-        table.caption = f"weights and caches are read {shown(others)} more than once"
+    numbers = map(_right, ("times", "moved", "above the floor"))
+    table = Table("operation", *numbers, "reads again, or for nobody", title=title)
+    found = excesses(cost, step.floors)
+    for one in found[: plan.settings.operations]:
+        again = f"{shown(one.again)} of {one.argument}" if one.argument else ""
+        table.add_row(one.name, str(one.times), shown(one.moved), shown(one.above), again)
+    rest = sum(one.above for one in found[plan.settings.operations :])
+    unread = sum(one.above for one in found) - excess
+    table.caption = f"all other operations: {shown(rest)} above the floor"
+    if unread > 0.005 * excess:
+        table.caption += f"; {shown(unread)} of the floor is not read as compiled"
     return table
 
 
@@ -164,10 +178,6 @@ def shown(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.2f} GB"
-
-
-def _beyond_arguments(one: Operation) -> int:
-    return one.bytes - one.argument_bytes
 
 
 def _right(name: str) -> Column:

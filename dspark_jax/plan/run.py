@@ -12,12 +12,14 @@ from dspark_jax.draft_weights import parameter_table
 from dspark_jax.plan.chips import Machine, parse_machine
 from dspark_jax.plan.figures import Plan, Step, write_json
 from dspark_jax.plan.floor import Needs, draft_needs, held_bytes, step_bytes, target_needs
+from dspark_jax.plan.groups import tensor_size
 from dspark_jax.plan.hlo.collectives import WeightShapes
 from dspark_jax.plan.hlo.cost import Cost, account
 from dspark_jax.plan.kernels import hlo_type, stated
 from dspark_jax.plan.memory import (
     Memory,
     beyond_arguments,
+    cache_bytes,
     held_weights,
     refused_bytes,
     tree_bytes,
@@ -25,7 +27,7 @@ from dspark_jax.plan.memory import (
 from dspark_jax.plan.models import find_models
 from dspark_jax.plan.program import Program, decode_program, plain_program
 from dspark_jax.plan.report import show
-from dspark_jax.plan.settings import PlanSettings, check, tensor_size
+from dspark_jax.plan.settings import PlanSettings, check
 from dspark_jax.plan.topology import devices_of
 from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.weights import entries
@@ -33,30 +35,34 @@ from dspark_jax.targets.weights import entries
 
 def run(settings: PlanSettings) -> Plan:
     """Plan, print, and write the figures where the settings say. Raises ValueError."""
+    with Console(stderr=True).status(f"compiling two steps for {settings.mesh}"):
+        plan = make_plan(settings)
+    # A pipe has no width: tables keep their names whole in it.
+    show(plan, Console(width=None if sys.stdout.isatty() else 120))
+    if settings.json is not None:
+        write_json(settings.json, plan)
+    return plan
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """Compile both steps and account them. Raises ValueError."""
     check(settings)
     machine = parse_machine(settings.mesh)
     models = find_models(settings.target, settings.draft)
-    heads = models.target.num_attention_heads
-    tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, heads)
+    tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, models)
     mesh = target_mesh(devices_of(machine), tensor)
     target = target_needs(
         ((e.name, e.shape) for e in entries(models.target)), models.target, models.block
     )
     drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
     sizes = (settings.batch, settings.context)
-    with Console(stderr=True).status(f"compiling two steps for {machine.name}"):
-        plain = plain_program(models.target, models.block, mesh, *sizes)
-        fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
-        plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
-        fast_step, memory = measure(
-            machine, settings, fast, (target, drafter), settings.acceptance_length
-        )
-    plan = Plan(settings, machine, models, tensor, memory, plain_step, fast_step)
-    # A pipe has no width: tables keep their names whole in it.
-    show(plan, Console(width=None if sys.stdout.isatty() else 120))
-    if settings.json is not None:
-        write_json(settings.json, plan)
-    return plan
+    plain = plain_program(models.target, models.block, mesh, *sizes)
+    fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
+    plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
+    fast_step, memory = measure(
+        machine, settings, fast, (target, drafter), settings.acceptance_length
+    )
+    return Plan(settings, machine, models, tensor, memory, plain_step, fast_step)
 
 
 def measure(
@@ -82,8 +88,12 @@ def measure(
     seconds = time.perf_counter() - start
     tokens = settings.batch * program.tokens
     spread = sum(step_bytes(n, tokens, settings.batch, settings.context) for n in needs)
-    floor = held_bytes(held_weights(program.weights), needs[0], tokens, cache, 1.0)
-    step = Step(program.tokens, yields, cost, floor, spread / machine.devices, seconds)
+    floors = (
+        *held_bytes(held_weights(program.weights), needs[0], tokens),
+        *cache_bytes(program.state, program.cache),
+        *(0.0 for _ in jax.tree.leaves(program.rest)),
+    )
+    step = Step(program.tokens, yields, cost, floors, spread / machine.devices, seconds)
     return step, Memory(weights, cache, temporaries, machine.chip.memory_bytes)
 
 

@@ -20,7 +20,7 @@ class PlanSettings:
     acceptance_length: float = 3.5
     """Tokens that a speculative step yields per sequence: accepted drafts + 1."""
     tensor_parallel: int | None = None
-    """Devices that share one sequence's work; the rest share the batch. None chooses."""
+    """Devices that share one sequence's work; such groups share the batch. None chooses."""
     draft: str | None = None
     """Folder of a draft checkpoint; None takes the recipe's for this target."""
     operations: int = 8
@@ -39,38 +39,3 @@ def check(settings: PlanSettings) -> None:
             f"acceptance_length is {settings.acceptance_length:g}; a step always yields at least "
             "one token."
         )
-
-
-def tensor_size(asked: int | None, devices: int, batch: int, heads: int) -> int:
-    """Devices per sequence; the smallest from 8 up that divides everything when none is asked.
-
-    ValueError when devices, batch or heads do not divide.
-    """
-    if asked is None:
-        fitting = [
-            n
-            for n in range(1, devices + 1)
-            if devices % n == 0 and batch % (devices // n) == 0 and heads % n == 0
-        ]
-        if not fitting:
-            raise ValueError(
-                f"batch {batch} cannot be split over {devices} devices with {heads} attention "
-                f"heads; use a multiple of {devices // _largest(devices, heads)}."
-            )
-        return next((n for n in fitting if n >= min(8, devices)), fitting[-1])
-    if asked < 1 or devices % asked or heads % asked:
-        allowed = [n for n in range(1, devices + 1) if devices % n == 0 and heads % n == 0]
-        raise ValueError(
-            f"tensor_parallel {asked} does not divide {devices} devices and {heads} attention "
-            f"heads; use one of {', '.join(map(str, allowed))}."
-        )
-    if batch % (devices // asked):
-        raise ValueError(
-            f"batch {batch} is not a multiple of {devices // asked}, the groups of "
-            f"tensor_parallel {asked} devices; change either."
-        )
-    return asked
-
-
-def _largest(devices: int, heads: int) -> int:
-    return max(n for n in range(1, devices + 1) if devices % n == 0 and heads % n == 0)

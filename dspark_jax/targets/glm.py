@@ -45,7 +45,8 @@ class GlmLayer(nnx.Module):
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, Moe):
             return self.mlp(normed, spread)
-        return spread.sum(self.mlp(normed)), None
+        with jax.named_scope("mlp"):
+            return spread.sum(self.mlp(normed)), None
 
     def __call__(
         self,
@@ -58,12 +59,15 @@ class GlmLayer(nnx.Module):
         spread: Spread,
     ) -> tuple[Carry, Choices, Memory]:
         """The carry after this layer; `remember(new)` is what rows attend to, and comes back."""
-        normed = self.input_layernorm(carry.x)
-        query = self.self_attn.query(normed, angle)
-        memory = remember(self.self_attn.memory(normed, angle))
-        scores, selected = _select(self, normed, query.latent, memory, angle, visible, carry)
-        update, attention = attend(self.self_attn, query, memory, selected)
-        x = carry.x + spread.sum(update)
+        with jax.named_scope("attention"):
+            normed = self.input_layernorm(carry.x)
+            query = self.self_attn.query(normed, angle)
+            memory = remember(self.self_attn.memory(normed, angle))
+        with jax.named_scope("indexer"):
+            scores, selected = _select(self, normed, query.latent, memory, angle, visible, carry)
+        with jax.named_scope("attention"):
+            update, attention = attend(self.self_attn, query, memory, selected)
+            x = carry.x + spread.sum(update)
         update, routing = self.feed_forward(x, spread)
         carry = leave(carry, x + update, selected, slot)
         return carry, Choices(routing, scores, selected, attention), memory

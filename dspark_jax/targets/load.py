@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dspark_jax import sharding
 from dspark_jax.checkpoints.header import Stored
@@ -18,6 +18,7 @@ from dspark_jax.checkpoints.rounds import ParamPath, Placement
 from dspark_jax.checkpoints.stream import stream
 from dspark_jax.config import GlmConfig, TargetConfig
 from dspark_jax.fp8 import BlockScaled, dequantise
+from dspark_jax.sharding import DATA, TENSOR
 from dspark_jax.targets.decoder import is_compact
 from dspark_jax.targets.mesh import family
 from dspark_jax.targets.weights import Entry, check_tensors, entries, shape_of
@@ -150,7 +151,7 @@ def _mixed(
 
 
 def check_blocks(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     quantised: Iterable[ParamPath],
     kept: Mapping[ParamPath, tuple[tuple[int, ...], Any]],
     places: Mapping[ParamPath, NamedSharding],
@@ -162,7 +163,7 @@ def check_blocks(
         scales = places[*path, SCALES].shard_shape(kept[*path, SCALES][0])
         if scales != scale_shape(local, block):
             raise ValueError(
-                f"a mesh of {' x '.join(map(str, mesh.devices.shape))} (data x tensor) devices "
+                f"a mesh of {mesh.shape[DATA]} x {mesh.shape[TENSOR]} (data x tensor) devices "
                 f"cuts blocks of {block[0]} x {block[1]} of {'.'.join(map(str, path))}, of which a "
                 f"device would hold {list(local)}; use a smaller tensor_parallel."
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from dspark_jax.config import GlmConfig, TargetConfig
@@ -79,7 +79,8 @@ def spread_decoding(
         spread = over(mesh, len(hidden))
 
         def part(params: Any, hidden: Any) -> Any:
-            return spread.columns(model(params).unembed(hidden))
+            with jax.named_scope("unembed"):
+                return spread.columns(model(params).unembed(hidden))
 
         return run(mesh, part, (specs(params), rows(spread)), rows(spread), params, hidden)
 
@@ -91,7 +92,7 @@ def spread_decoding(
     }
 
 
-def check_mesh(config: TargetConfig, mesh: Mesh) -> None:
+def check_mesh(config: TargetConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raise ValueError when a target's parts cannot be shared evenly; it names all of them."""
     problems = [
         f"{count} {what} by {devices}"
@@ -105,7 +106,7 @@ def check_mesh(config: TargetConfig, mesh: Mesh) -> None:
         )
 
 
-def shares(config: TargetConfig, mesh: Mesh) -> Iterator[tuple[str, int, int]]:
+def shares(config: TargetConfig, mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, int, int]]:
     """(what, how many, by how many devices) of everything that is shared out."""
     group = mesh.shape[TENSOR]
     yield "vocabulary rows", config.vocab_size, group

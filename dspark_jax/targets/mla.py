@@ -136,12 +136,14 @@ def mix_latents(
         total, largest, summed = carry
         part = memory.read_rows(i * tile, tile)
         seen = jax.lax.dynamic_slice_in_dim(visible, i * tile, tile, 2)[:, :, None]
-        scores = product("bshr,bcr->bshc", latent, part.latent)
-        scores = (scores + product("bshp,bcp->bshc", rope, part.rope)) * scale
+        with jax.named_scope("scores"):
+            scores = product("bshr,bcr->bshc", latent, part.latent)
+            scores = (scores + product("bshp,bcp->bshc", rope, part.rope)) * scale
         scores = jnp.where(seen, scores, -jnp.inf)
         top = jnp.maximum(largest, jnp.max(scores, axis=-1))
         weight, old = jnp.exp(scores - top[..., None]), jnp.exp(largest - top)
-        mixed = product("bshc,bcr->bshr", weight.astype(part.latent.dtype), part.latent)
+        with jax.named_scope("values"):
+            mixed = product("bshc,bcr->bshr", weight.astype(part.latent.dtype), part.latent)
         return total * old[..., None] + mixed, top, summed * old + jnp.sum(weight, axis=-1)
 
     lowest = jnp.full(lead, jnp.finfo(jnp.float32).min)  # and not -inf: old would have no value

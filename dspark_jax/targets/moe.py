@@ -217,18 +217,25 @@ def routed(
     shares them, or every device has them all.
     """
     ways, devices = gate.kernel[...].shape[1] // experts.count, spread.data * spread.tensor
-    rows = spread.all_rows(x) if ways == devices else x
+    with jax.named_scope("experts"):
+        rows = spread.all_rows(x) if ways == devices else x
     flat = rows.reshape(-1, x.shape[-1])
-    routing = gate(flat)
-    own = None if shared is None else shared(x)
+    with jax.named_scope("router"):
+        routing = gate(flat)
+    with jax.named_scope("shared expert"):
+        own = None if shared is None else shared(x)
     if ways == devices:
-        y = experts(flat, routing, spread.first_of_all(experts.count)).reshape(rows.shape)
+        with jax.named_scope("experts"):
+            y = experts(flat, routing, spread.first_of_all(experts.count)).reshape(rows.shape)
         routing = jax.tree.map(lambda r: spread.own_rows(r.reshape(*rows.shape[:-1], -1)), routing)
-        return spread.sum_experts(y, own), routing
-    y = experts(flat, routing, spread.first(experts.count) if ways > 1 else 0).reshape(x.shape)
+        with jax.named_scope("experts"):
+            return spread.sum_experts(y, own), routing
+    with jax.named_scope("experts"):
+        y = experts(flat, routing, spread.first(experts.count) if ways > 1 else 0).reshape(x.shape)
     y = y if ways > 1 else spread.once(y)
     routing = jax.tree.map(lambda r: r.reshape(*x.shape[:-1], -1), routing)
-    return spread.sum(y if own is None else y + own), routing
+    with jax.named_scope("experts"):
+        return spread.sum(y if own is None else y + own), routing
 
 
 class Moe(nnx.Module):

@@ -53,11 +53,12 @@ class Qwen3Layer(nnx.Module):
 
         New keys and values are [B T Hk d], remembered ones [B Hk C d].
         """
-        normed = self.input_layernorm(carry.x)
-        memory, kept = remember(KeyValue(*self.self_attn.keys_values(normed, angle)))
-        query = self.self_attn.queries(normed, angle)
-        attended = attend_rows(query, *memory, visible)
-        x = carry.x + spread.sum(self.self_attn.o_proj(attended))
+        with jax.named_scope("attention"):
+            normed = self.input_layernorm(carry.x)
+            memory, kept = remember(KeyValue(*self.self_attn.keys_values(normed, angle)))
+            query = self.self_attn.queries(normed, angle)
+            attended = attend_rows(query, *memory, visible)
+            x = carry.x + spread.sum(self.self_attn.o_proj(attended))
         update, routing = self.feed_forward(x, spread)
         return leave(carry, x + update, carry.selected, slot), routing, kept
 
@@ -68,7 +69,8 @@ class Qwen3Layer(nnx.Module):
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SparseMlp):
             return self.mlp(normed, spread)
-        return spread.sum(self.mlp(normed)), None
+        with jax.named_scope("mlp"):
+            return spread.sum(self.mlp(normed)), None
 
 
 class Qwen3(nnx.Module):

@@ -91,7 +91,10 @@ def test_a_tiny_target_is_planned_for_gpus(tmp_path: Path, mesh: str):
         (("--mesh", "h900:1x8"), "chip 'h900' of mesh 'h900:1x8' is unknown"),
         (("--mesh", "tpu7x:4"), "does not say how its chips are arranged"),
         (("--mesh", "v6e:8x8", "--batch", "0"), "batch is 0; use at least 1"),
-        (("--mesh", "v6e:8x8", "--tensor-parallel", "3"), "tensor_parallel 3 does not divide 64"),
+        (
+            ("--mesh", "v6e:8x8", "--tensor-parallel", "3"),
+            "tensor_parallel 3 does not divide 64",
+        ),
     ],
 )
 def test_bad_flags_end_with_one_sentence(flags: tuple[str, ...], said: str):

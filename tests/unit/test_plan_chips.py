@@ -1,4 +1,4 @@
-"""Chips, how they are arranged, how work is split over them, and what bounds a step."""
+"""Chips, how they are arranged, and what bounds a step."""
 
 import importlib.util
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 from dspark_jax.plan.bounds import bound, remedies
 from dspark_jax.plan.chips import CHIPS, parse_machine
 from dspark_jax.plan.memory import Memory, refused_bytes
-from dspark_jax.plan.settings import PlanSettings, check, tensor_size
+from dspark_jax.plan.settings import PlanSettings, check
 from dspark_jax.plan.topology import GPUS, devices_of, gpu_description
 
 
@@ -49,31 +49,6 @@ def test_every_gpu_can_be_described_to_its_compiler():
     assert gpus == GPUS.keys()
     text = gpu_description(parse_machine("b300:1x8"))
     assert "major: 10 minor: 3" in text and "device_memory_size: 287000000000" in text
-
-
-def test_tensor_parallelism_divides_everything():
-    assert tensor_size(None, 128, 64, 64) == 8
-    assert tensor_size(None, 128, 1, 64 * 2) == 128
-    assert tensor_size(None, 4, 8, 4) == 4
-    assert tensor_size(2, 8, 4, 32) == 2
-
-
-@pytest.mark.parametrize(
-    ("asked", "batch", "said"),
-    [
-        (
-            3,
-            8,
-            "tensor_parallel 3 does not divide 8 devices and 4 attention heads; use one of 1",
-        ),
-        (8, 8, "use one of 1, 2, 4"),
-        (2, 3, "batch 3 is not a multiple of 4"),
-        (None, 1, "batch 1 cannot be split over 8 devices with 4 attention heads; use a mul"),
-    ],
-)
-def test_what_does_not_divide_is_refused(asked: int | None, batch: int, said: str):
-    with pytest.raises(ValueError, match=said):
-        tensor_size(asked, 8, batch, 4)
 
 
 @pytest.mark.parametrize(

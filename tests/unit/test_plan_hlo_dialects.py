@@ -58,7 +58,7 @@ def test_a_tpu_loop_is_counted_by_its_counter():
 
 def test_what_goes_to_vector_memory_is_read_once_and_then_free():
     cost = account(TPU)
-    assert cost.reads[1] == 5 * 256 * 256 * 2
+    assert cost.read(1) == 5 * 256 * 256 * 2
     product = next(o for o in cost.operations if o.name == "dot_general")
     assert product.bytes == 5 * 2 * 16 * 256 * 2  # x in and y out; the weight is inside already
 
@@ -169,7 +169,7 @@ def test_an_update_through_a_fusion_is_in_place():
     cost = account(text)
     fused = next(o for o in cost.operations if o.name.startswith("f "))
     assert fused.bytes == 2 * 2 * 64 * 4 + 4
-    assert cost.reads[0] == 100 * 64 * 4  # the cache as the sum reads it, after the update
+    assert cost.read(0) == 100 * 64 * 4  # the cache as the sum reads it, after the update
 
 
 def test_a_slice_of_what_a_fusion_lays_out_anew_is_a_slice():
@@ -198,5 +198,5 @@ def test_a_slice_of_what_a_fusion_lays_out_anew_is_a_slice():
         """
     )
     cost = account(text)
-    assert cost.reads[0] == 64 * 64 * 2
+    assert cost.read(0) == 64 * 64 * 2
     assert cost.bytes == 2 * 64 * 64 * 2 + 4

@@ -98,8 +98,9 @@ def test_a_draft_reads_all_but_its_tables_of_rows(glm: Models):
 
 def test_a_device_reads_what_it_holds_and_needs():
     needs = Needs(0, 100, 1, 4, 1, 8, 0)
-    weights = [Held(".norm", 10), Held(".experts.up", 200), Held(".embed_tokens", 10**9)]
-    assert held_bytes(weights, needs, 1, 1000, 0.5) == 10 + 200 / 4 + 8 + 500
+    paths = (".norm", ".experts.up", ".shared_experts.up", ".embed_tokens", ".frozen.embed")
+    weights = [Held(path, 200) for path in paths]
+    assert held_bytes(weights, needs, 1) == [200, 200 / 4, 200, 8, 0]
 
 
 def test_a_folder_and_its_config_json_are_the_same_target():

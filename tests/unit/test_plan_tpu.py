@@ -60,7 +60,7 @@ def test_scanned_layers_are_exact(mesh: Mesh):
         ((L, F, D), P(None, "tensor"), jnp.bfloat16),
     )
     assert cost.flops == L * 2 * 2 * B * D * F // 4
-    assert cost.reads[1] == cost.reads[2] == L * D * F // 4 * 2
+    assert cost.read(1) == cost.read(2) == L * D * F // 4 * 2
     weights, rows = 2 * L * D * F // 4 * 2, B * D * 2
     assert weights <= cost.bytes <= weights + L * 8 * rows
     (found,) = cost.collectives
@@ -78,7 +78,7 @@ def test_a_cache_is_written_in_place(mesh: Mesh):
         ((B, 8), P(), jnp.int32),
         donate=(0,),
     )
-    assert cost.reads.get(0, 0) == 0
+    assert cost.read(0) == 0
     assert cost.bytes < 20 * B * 8 * n * 2 < B * C * n * 2
 
 

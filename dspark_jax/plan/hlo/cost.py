@@ -6,18 +6,17 @@ fusion's operands and results, of what is only sliced the slice, of what is upda
 update; nothing for arrays in a core's own memory.
 """
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from dspark_jax.plan.hlo.collectives import KINDS, Collective, WeightShapes, collective
 from dspark_jax.plan.hlo.flops import Flops, estimate, flops
 from dspark_jax.plan.hlo.fusion import SLICING, UPDATING, traffic, update_bytes
+from dspark_jax.plan.hlo.labels import argument_names, is_kernel, label, loop_label
 from dspark_jax.plan.hlo.loops import trip_count
 from dspark_jax.plan.hlo.scope import Scope, branches, origin
 from dspark_jax.plan.hlo.shapes import Shape, Type, leaves, main_bytes
 from dspark_jax.plan.hlo.text import (
-    Computation,
     Estimate,
     Instruction,
     Kernel,
@@ -29,10 +28,9 @@ FREE = frozenset(
     {"after-all", "bitcast", "constant", "domain", "get-tuple-element", "optimization-barrier"}
     | {"parameter", "partition-id", "replica-id", "tuple"}
 )
+OPEN_LOOP = "runs until its data says so: it counts once"
 BUFFERS = ("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape")
 CALLS = {"call": "to_apply", "async": "calls"}
-PLUMBING = frozenset({"while", "body", "cond", "closed_call", "shard_map", "checkpoint", ""})
-WRAPPED = re.compile(r"^\w+\((.*)\)$")
 
 
 class Operation(NamedTuple):
@@ -49,18 +47,27 @@ class Operation(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one run on one device; `reads` are bytes read of each argument, by its number.
+    """Of one run on one device; `operations` begin with the dearest.
 
-    `operations` begin with the dearest. `notes` say what could only be guessed.
+    `reads` are bytes read of an argument by an operation, by the operation's name and the
+    argument's number, in the program's order; `arguments` are their names. `notes` say what could
+    only be guessed.
     """
 
     bytes: int
     flops: int
     fp8_flops: int
-    reads: Mapping[int, int]
+    reads: Mapping[tuple[str, int], int]
+    arguments: Mapping[int, str]
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
     notes: tuple[str, ...]
+    instructions: int = 0
+    """Of the program's text, however often they run."""
+
+    def read(self, argument: int) -> int:
+        """Bytes read of one argument."""
+        return sum(size for (_, number), size in self.reads.items() if number == argument)
 
 
 def account(
@@ -76,7 +83,8 @@ def account(
     module = parse_module(text, estimates)
     tally = _Tally(weights)
     tally.walk(Scope(module, module.entry), 1)
-    return tally.cost()
+    count = sum(len(one.instructions) for one in module.computations.values())
+    return tally.cost()._replace(arguments=argument_names(module), instructions=count)
 
 
 class _Tally:
@@ -85,7 +93,7 @@ class _Tally:
     def __init__(self, weights: WeightShapes):
         self.weights = weights
         self.flops = Flops()
-        self.reads: dict[int, int] = {}
+        self.reads: dict[tuple[str, int], int] = {}
         self.operations: dict[str, Operation] = {}
         self.collectives: dict[tuple[str, str, int, str], Collective] = {}
         self.notes: dict[str, None] = {}
@@ -94,9 +102,9 @@ class _Tally:
         operations = sorted(self.operations.values(), key=lambda o: (-o.bytes, o.name))
         exchanged = sorted(self.collectives.values(), key=lambda c: -c.sent * c.times)
         total = sum(o.bytes for o in operations)
-        return Cost(
-            total, *self.flops, self.reads, tuple(operations), tuple(exchanged), tuple(self.notes)
-        )
+        flops, fp8_flops = self.flops
+        found = (tuple(operations), tuple(exchanged), tuple(self.notes))
+        return Cost(total, flops, fp8_flops, self.reads, {}, *found)
 
     def walk(self, scope: Scope, times: int) -> None:
         """Every instruction of a computation, `times` over."""
@@ -117,7 +125,7 @@ class _Tally:
     def loop(self, scope: Scope, one: Instruction, times: int) -> None:
         rounds = trip_count(scope, one)
         if rounds is None:
-            self.notes[f"{label(scope.computation, one)} depends on data and counts once"] = None
+            self.notes[f"the loop of {loop_label(scope, one)} {OPEN_LOOP}"] = None
             rounds = 1
         for part, extra in ("body", 0), ("condition", 1):
             inner = scope.enter(one, scope.module.called(one, part))
@@ -137,23 +145,22 @@ class _Tally:
             self.add(operation)
         for exchanged in other.collectives.values():
             self.exchange(exchanged)
-        for number, read in other.reads.items():
-            self.reads[number] = self.reads.get(number, 0) + read
+        for reading, read in other.reads.items():
+            self.reads[reading] = self.reads.get(reading, 0) + read
         self.flops = Flops(*map(sum, zip(self.flops, other.flops, strict=True)))
         self.notes |= other.notes
 
     def charge(self, scope: Scope, one: Instruction, base: str, times: int) -> None:
         """One instruction that moves or computes."""
-        moved, read = movement(scope, one, base), 0
+        moved, read, name = movement(scope, one, base), 0, label(scope, one)
         for operand, size in moved.reads:
             source, argument = origin(scope, operand)
             if source.caller is None and argument.opcode == "parameter":
-                number = int(argument.inside)
-                self.reads[number] = self.reads.get(number, 0) + size * times
+                reading = (name, int(argument.inside))
+                self.reads[reading] = self.reads.get(reading, 0) + size * times
                 read += size
         counted = flops(scope.module, scope.computation, one)
         self.flops = Flops(*(a + b * times for a, b in zip(self.flops, counted, strict=True)))
-        name = label(scope.computation, one)
         total = sum(size for _, size in moved.reads) + moved.writes
         if total or counted.all:
             self.add(Operation(name, total * times, read * times, counted.all * times, times))
@@ -163,7 +170,7 @@ class _Tally:
             base == "custom-call"
             and total
             and estimate(scope.module, one) is None
-            and _is_kernel(one)
+            and is_kernel(one)
         ):
             self.notes[f"{name} states no operations: only its bytes count"] = None
 
@@ -255,23 +262,3 @@ def exchanges(
         if not held.opcode.endswith(("-done", "-update"))
         for found in exchanges(inner, held, held.opcode.removesuffix("-start"))
     ]
-
-
-def label(inside: Computation, one: Instruction) -> str:
-    """Where an instruction comes from, for people: `verify/bshn,bcn->bshc/dot_general`.
-
-    What the compiler added has no place in the traced program and goes by what it is.
-    """
-    first, _, rest = one.op_name.partition("/")
-    parts = [WRAPPED.sub(r"\1", part) for part in (rest.split("/") if rest else [first])]
-    parts = [part for part in parts if part not in PLUMBING]
-    if rest and parts:
-        return "/".join(parts)
-    kind = " + ".join(dict.fromkeys(str(shape) for shape in leaves(inside.result(one))))
-    made = re.sub(r"[.0-9]+$", "", one.name)
-    return f"{made} {kind}" + (f" of {parts[0]}" if parts and parts[0] != made else "")
-
-
-def _is_kernel(one: Instruction) -> bool:
-    target = one.attributes.partition('custom_call_target="')[2][:40]
-    return one.opcode == "custom-call" and target.startswith(("tpu_custom_call", "mosaic"))
