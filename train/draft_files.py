@@ -13,7 +13,9 @@ from safetensors.flax import load_file, save_file
 from dspark_jax import draft_weights
 from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import draft_graphdef
-from dspark_jax.draft_weights import config_from_json, config_to_json, params_from_tensors
+from dspark_jax.draft_formats.layer import LAYER_KEYS
+from dspark_jax.draft_formats.speculators import SHARED_KEYS, config_from_json, config_to_json
+from dspark_jax.draft_weights import params_from_tensors
 from dspark_jax.targets.families import architecture
 from dspark_jax.train.files import LoadedTarget, read_json, target_fingerprint
 
@@ -26,8 +28,8 @@ CHANGEABLE = (
 )
 """What a warm start may set anew; a head that no longer fits its tensors is refused by them."""
 COMPARED = (
-    *draft_weights.SHARED_KEYS,
-    *draft_weights.LAYER_KEYS,
+    *SHARED_KEYS,
+    *LAYER_KEYS,
     *("aux_hidden_state_layer_ids", "layer_types", "rope_parameters", "sliding_window"),
 )
 """Keys of config.json that say what a draft's numbers mean."""
