@@ -22,11 +22,12 @@ from dspark_jax.heads import ConfidenceHead, MarkovHead
 Path = tuple[Any, ...]
 Tensors = Mapping[str, Any]
 
-NOT_TRAINED = frozenset(
+TABLES = frozenset(
     {"embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight"}
-    | {"d2t", "t2d"}
 )
-"""Tensors a checkpoint may hold that belong to the target or to the vocabulary map."""
+"""Tensors a checkpoint may hold that are its target's."""
+NOT_TRAINED = TABLES | {"d2t", "t2d"}
+"""Those, and the map between the vocabularies."""
 
 ENDINGS = {
     "kernel": ("weight", True),

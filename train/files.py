@@ -29,13 +29,6 @@ class LoadedTarget(NamedTuple):
     ends: tuple[int, ...]
 
 
-def embedded(name: str) -> Path:
-    """A folder of the package's own data: `tiny-glm` or `tiny-glm-dspark`."""
-    import dspark_jax
-
-    return Path(dspark_jax.__file__).resolve().parent / "assets" / name
-
-
 def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarget:
     """Read config.json, *.safetensors, tokenizer and chat template of a target.
 

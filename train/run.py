@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import DraftConfig, MeshConfig
 from dspark_jax.draft import init_draft_params
 from dspark_jax.sharding import make_mesh
@@ -22,7 +23,6 @@ from dspark_jax.train.data import Data, describe, frequent_ids, load_data
 from dspark_jax.train.draft_files import WarmStart, save_draft, warm_start
 from dspark_jax.train.files import (
     LoadedTarget,
-    embedded,
     load_target,
     mask_token,
     target_fingerprint,

@@ -19,7 +19,7 @@ from dspark_jax.draft_formats.keys import (
     setting,
     several,
 )
-from dspark_jax.draft_formats.layer import layer_table
+from dspark_jax.draft_formats.layer import DTYPE, layer_table
 from dspark_jax.draft_formats.speculators import NO_HEADS
 
 HEAD_KEYS = {
@@ -69,7 +69,7 @@ def _top(architecture: str) -> tuple[Key, ...]:
         setting("sample_from_anchor", "sample_from_anchor", boolean, needed=False),
         _causality("is_causal"),
         kept("architectures", [architecture]),
-        kept("dtype"),
+        DTYPE,
         kept("torch_dtype"),
         kept("auto_map"),
         kept("transformers_version"),

@@ -16,6 +16,7 @@ from dspark_jax.draft_formats.keys import (
     optional,
     setting,
     several,
+    text,
 )
 
 LAYER_KEYS = (
@@ -78,6 +79,8 @@ def layer_table(prefix: str = "", rope_parameters: bool = True) -> tuple[Key, ..
     )
 
 
+DTYPE = Key("dtype", lambda said: said.dtype, lambda found, said: True, "dtype", optional(text))
+"""The type of the tensors; trainers get it wrong, and readers take the tensors' own."""
 TYPES = ("full_attention", "sliding_attention")
 
 

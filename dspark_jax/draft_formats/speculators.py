@@ -23,7 +23,7 @@ from dspark_jax.draft_formats.keys import (
     text,
     write,
 )
-from dspark_jax.draft_formats.layer import layer_table
+from dspark_jax.draft_formats.layer import DTYPE, layer_table
 
 LAYER = "transformer_layer_config."
 METHODS = "speculators_config.proposal_methods"
@@ -83,7 +83,7 @@ TABLE: tuple[Key, ...] = (
     setting("aux_hidden_state_layer_ids", "aux_layer_ids", several(integer), list),
     *layer_table(LAYER),
     kept("architectures", ["DSparkDraftModel"]),
-    setting("dtype", "dtype", optional(text), needed=False),
+    DTYPE,
     derived("speculators_config.algorithm", lambda said: "dspark"),
     kept("speculators_config.default_proposal_method", "greedy"),
     derived(METHODS, proposals, _same_length),
