@@ -116,22 +116,21 @@ def warm_start(
     if "markov_head" in absent and config.needs_markov_features:
         absent = list(HEADS)  # a confidence head without the Markov features reads other inputs
         tensors = {n: t for n, t in tensors.items() if not n.startswith("confidence_head.")}
-    fresh = [row for row in table if row.path[0] in absent]
-    values = _fresh_heads(config, sorted({str(row.path[0]) for row in fresh}), rngs)
-    drawn = {row.name: values[row.path].T if row.transposed else values[row.path] for row in fresh}
+    drawn = drawn_heads(config, absent, rngs)
     completed = {**tensors, **drawn}
     check_tensors(table, completed)
     return _assemble(config, table, completed, dtype), tuple(drawn)
 
 
-def _fresh_heads(
-    config: DraftConfig, heads: Iterable[str], rngs: nnx.Rngs
-) -> dict[Path, np.ndarray]:
-    return {
+def drawn_heads(config: DraftConfig, heads: Iterable[str], rngs: nnx.Rngs) -> dict[str, np.ndarray]:
+    """Those of these heads that the draft has, drawn afresh, under their published names."""
+    fresh = [row for row in parameter_table(config) if row.path[0] in heads]
+    values = {
         (head, *path): np.asarray(leaf[...])
-        for head in heads
+        for head in sorted({str(row.path[0]) for row in fresh})
         for path, leaf in nnx.to_flat_state(nnx.state(HEADS[head](config, rngs=rngs)))
     }
+    return {row.name: values[row.path].T if row.transposed else values[row.path] for row in fresh}
 
 
 def check_tensors(table: Iterable[Row], tensors: Tensors) -> None:
