@@ -48,10 +48,12 @@ def export_draft(given: Export) -> str:
         )
     record = run_record(opened.folder)
     extras, note = tables(given, opened, record, ids)
+    depth, architectures = about_target(given, opened, record)
     said = replace(
         reading.said,
         target_name=given.target_name,
-        num_target_layers=target_depth(given, opened, record),
+        target_architectures=reading.said.target_architectures or architectures,
+        num_target_layers=depth,
         dtype=str(stored_type(opened)),
     )
     described = written(given.format, said, opened.source)
@@ -121,14 +123,16 @@ def vocabulary_map(ids: np.ndarray, vocab_size: int) -> list[Outgoing]:
     return [made("d2t", ids.astype(np.int64) - np.arange(len(ids))), made("t2d", chosen)]
 
 
-def target_depth(given: Export, opened: Opened, record: RunRecord) -> int | None:
-    """Layers of the target, where that is known."""
-    if opened.source is not None:
-        known = look(opened.source[1]).said.num_target_layers
-        if known is not None:
-            return known
+def about_target(
+    given: Export, opened: Opened, record: RunRecord
+) -> tuple[int | None, tuple[str, ...]]:
+    """The target's depth and architectures, where they are known."""
+    depth = None if opened.source is None else look(opened.source[1]).said.num_target_layers
     target = target_folder(given.target, record.settings)
     if target is None or not (target / "config.json").is_file():
-        return None
-    depth = read_object(target / "config.json").get("num_hidden_layers")
-    return depth if type(depth) is int else None
+        return depth, ()
+    described = read_object(target / "config.json")
+    layers, names = described.get("num_hidden_layers"), described.get("architectures")
+    if depth is None and type(layers) is int:
+        depth = layers
+    return depth, tuple(map(str, names)) if isinstance(names, list) else ()

@@ -8,6 +8,7 @@ All published formats share these names (reference: dspark.md §4.1); their conf
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -50,14 +51,15 @@ class Row(NamedTuple):
     repeat: int | None
 
 
-def parameter_table(config: DraftConfig) -> list[Row]:
+@lru_cache(maxsize=8)
+def parameter_table(config: DraftConfig) -> tuple[Row, ...]:
     """Every tensor of a drafter; the names follow from the modules' attribute names."""
     drafter = abstract_drafter(config)
-    return [
+    return tuple(
         row
         for path, leaf in nnx.to_flat_state(nnx.state(drafter))
         for row in _rows(drafter, path, leaf.shape)
-    ]
+    )
 
 
 def abstract_drafter(config: DraftConfig) -> Drafter:

@@ -8,6 +8,8 @@ For every draft FOLDER/<number>.json tells what vLLM made of it or how it failed
 FOLDER/<number>.npz holds what its heads compute from the arrays hidden, aux and tokens in INPUTS.
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import importlib.abc
 import importlib.machinery
@@ -37,7 +39,7 @@ SHARED = {"model.embed_tokens.weight", "lm_head.weight"}
 class Stub(types.ModuleType):
     """A module whose every name is an empty class."""
 
-    __path__: list = []
+    __path__ = []
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -94,10 +96,9 @@ def start_group() -> None:
 
 def options(draft: str) -> dict:
     """The speculative options of the `vllm serve` command in the draft's card."""
-    command = re.search(
-        r"--speculative-config '(.*?)'$", Path(draft, "README.md").read_text(), re.M
-    )
-    return json.loads(command[1])
+    card = Path(draft, "README.md").read_text()
+    (command,) = re.findall(r"--speculative-config '(.*?)'$", card, re.MULTILINE)
+    return json.loads(command)
 
 
 def configure(draft: str, target: str):
