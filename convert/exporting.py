@@ -95,7 +95,7 @@ def tables(
     found = [copied(opened.stored[name]) for name in wanted if name in opened.stored]
     missing = [name for name in wanted if name not in opened.stored]
     target = target_folder(given.target, record.settings) if missing else None
-    if missing and target is None and reduced:
+    if "lm_head.weight" in missing and target is None and reduced:
         raise ValueError(
             f"a draft of {config.draft_vocab_size} of {config.vocab_size} tokens needs its rows of "
             "the target's head, and engines cannot make them; give the target with --target."

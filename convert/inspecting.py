@@ -119,6 +119,11 @@ def suspicions(opened: Opened, reading: Reading) -> Iterator[str]:
     ids = config.aux_layer_ids
     if list(ids) != sorted(ids):
         yield f"aux layers {list(ids)} do not ascend"
+    if not config.sample_from_anchor:
+        yield (
+            f"in the 1+N layout vLLM drafts {config.block_size} tokens unless it is told "
+            f"num_speculative_tokens {config.draft_length}"
+        )
     name = reading.said.target_name
     if reading.kind == "speculators" and (not name or name.count("/") != 1 or name[:1] in "./~"):
         yield f"target name {name!r} is no hub id, so vLLM's one-argument serve refuses it"
