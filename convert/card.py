@@ -32,7 +32,6 @@ def card(
     lines = [
         "---",
         f"base_model: {given.target_name}",
-        "base_model_relation: adapter",
         "pipeline_tag: text-generation",
         "tags: [speculative-decoding, dspark, draft-model, dspark-jax]",
         "---",

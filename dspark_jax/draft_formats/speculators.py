@@ -161,9 +161,14 @@ def completed(described: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return result, notes
 
 
+def _drafted(about: Any) -> Any:
+    methods = about.get("proposal_methods") if isinstance(about, Mapping) else None
+    first = methods[0] if isinstance(methods, list) and methods else None
+    return first.get("speculative_tokens") if isinstance(first, Mapping) else None
+
+
 def _layout(described: Mapping[str, Any], dflash: bool) -> bool:
-    methods = (described.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    tokens, block = methods[0].get("speculative_tokens"), described.get("block_size")
+    tokens, block = _drafted(described.get("speculators_config")), described.get("block_size")
     if type(block) is int and tokens in (block, block - 1):
         return tokens == block
     if dflash:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -104,16 +105,19 @@ def test_the_target_of_a_run_gives_its_tables(tmp_path: Path):
 def make_dflash(folder: Path) -> DraftConfig:
     """The embedded draft without its heads, in the files of a DFlash draft."""
     config = read(json.loads((DRAFT / "config.json").read_text())).said.config
-    plain = {"markov_rank": 0, "enable_confidence_head": False, "sample_from_anchor": False}
-    changed = config.__dict__ | plain | {"confidence_head_with_markov": False}
+    made = replace(
+        config,
+        markov_rank=0,
+        enable_confidence_head=False,
+        confidence_head_with_markov=False,
+        sample_from_anchor=False,
+    )
     tensors = load_file(DRAFT / "model.safetensors")
     bare = {n: t for n, t in tensors.items() if "_head" not in n}
     folder.mkdir()
     save_file(bare, folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps(write(DFLASH, Described(DraftConfig(**changed))))
-    )
-    return DraftConfig(**changed)
+    (folder / "config.json").write_text(json.dumps(write(DFLASH, Described(made))))
+    return made
 
 
 def test_a_dflash_draft_gets_heads_and_goes_on_in_training(tmp_path: Path):

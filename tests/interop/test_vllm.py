@@ -125,7 +125,7 @@ def judged(
     """Every kind of draft in every format, judged by one process: importing vLLM takes seconds."""
     place = tmp_path_factory.mktemp("interop")
     target = make_target(place / "target")
-    np.savez(place / "inputs.npz", **inputs)
+    np.savez(place / "inputs.npz", **inputs)  # pyright: ignore[reportArgumentType]
     exports = {}
     for name, config in CONFIGS.items():
         run = make_run(config, place / "runs" / name)

@@ -200,6 +200,7 @@ def test_a_way_through_every_format_ends_where_it_began(draft: Draft, path: list
     with folder() as place:
         run = run_of(draft, place)
         direct = exported(run, place / "direct", path[-1])
+        last = run
         for number, name in enumerate(path):
             last = exported(run, place / f"export{number}", name)
             run = imported(last, place / f"run{number}")

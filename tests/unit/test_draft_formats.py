@@ -1,6 +1,7 @@
 """Every format says the same draft in its own keys; layer ids move by one where they should."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_every_setting_is_in_every_format(name: Any):
 @pytest.mark.parametrize("non_causal", [False, True])
 def test_causality_of_windows_survives(name: Any, non_causal: bool):
     changed = {"layer_types": ("sliding_attention",) * 2, "sliding_window_non_causal": non_causal}
-    config = DraftConfig(**{**CONFIG.__dict__, **changed})
+    config = replace(CONFIG, **changed)
     assert read(written(name, Described(config, "org/target"))).said.config == config
 
 
@@ -92,7 +93,7 @@ def test_an_older_speculators_file_says_its_layout_by_its_drafts():
 def test_a_dflash_draft_has_no_heads_and_a_given_slot(style: str):
     plain = {"markov_rank": 0, "enable_confidence_head": False, "sample_from_anchor": False}
     plain |= {"confidence_head_with_markov": False}
-    config = DraftConfig(**{**CONFIG.__dict__, **plain})
+    config = replace(CONFIG, **plain)
     if style == "flat":
         described = write(DFLASH, Described(config))
         del described["sample_from_anchor"]
@@ -120,3 +121,32 @@ def test_looking_tells_what_reading_refuses():
 def test_what_is_no_draft_known_here_is_refused(described: dict[str, Any]):
     with pytest.raises(ValueError, match="no draft that is known here"):
         read(described)
+
+
+ODD = (None, "x", -1, 2.5, True, [], [None], {}, {"a": 1}, float("nan"))
+
+
+@pytest.mark.parametrize("name", ["speculators", "deepspec", "specforge"])
+def test_no_value_of_any_key_is_more_than_a_sentence(name: Any):
+    described = written(name, SAID)
+    for path in paths(described):
+        for value in ODD:
+            changed = json.loads(json.dumps(described))
+            *above, last = path
+            place = changed
+            for key in above:
+                place = place[key]
+            place[last] = value
+            try:
+                read(changed)
+            except ValueError as error:
+                assert str(error)
+
+
+def paths(value: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key, at every depth."""
+    found = []
+    for key, inner in value.items():
+        found.append((*above, key))
+        found += paths(inner, (*above, key)) if isinstance(inner, dict) else []
+    return found
