@@ -1,5 +1,6 @@
 """What a training run left beside its draft: its settings, its report, its target."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class RunRecord(NamedTuple):
 
 def run_record(draft: Path) -> RunRecord:
     """The record beside a draft's folder."""
+    draft = Path(os.path.abspath(draft))  # as it was given: links stay
     run = draft.parent
     if draft.name != "draft" or not (run / "config.json").is_file():
         return RunRecord({}, {})
@@ -37,7 +39,7 @@ def run_record(draft: Path) -> RunRecord:
 
 
 def target_folder(asked: str | None, settings: dict[str, Any]) -> Path | None:
-    """The target's folder: the one asked for, else the run's own where it is still there."""
+    """The target's folder: the one asked for, else the run's own where it is on this machine."""
     if asked is not None:
         return resolve(asked)
     if not settings:
@@ -45,7 +47,10 @@ def target_folder(asked: str | None, settings: dict[str, Any]) -> Path | None:
     name = settings.get("target")
     if name is None:
         return embedded("tiny-glm")
-    return Path(name) if Path(name).is_dir() else None
+    try:
+        return resolve(name, offline=True)
+    except ValueError:
+        return None
 
 
 def target_tables(folder: Path, config: DraftConfig) -> dict[str, Stored]:
