@@ -148,6 +148,11 @@ def completed(described: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         "sample_from_anchor": not dflash,
         **(NO_HEADS if dflash else {}),
     }
+    # DeepSpec says nothing about a head that a draft does not have.
+    if settings.get("markov_rank") == 0:
+        absent["markov_head_type"] = "vanilla"
+    if settings.get("enable_confidence_head") is False:
+        absent["confidence_head_with_markov"] = False
     causal, nested = described.get("is_causal"), described.get("dflash_config")
     if causal is None and isinstance(nested, Mapping):
         causal = nested.get("causal")

@@ -79,6 +79,16 @@ def test_specforge_settings_are_read_from_both_places():
         read(described | {"dspark_config": moved, "markov_rank": 7})
 
 
+def test_deepspec_says_nothing_about_heads_that_are_not_there():
+    bare = {"markov_rank": 0, "enable_confidence_head": False, "confidence_head_with_markov": False}
+    config = replace(CONFIG, **bare)
+    described = written("deepspec", Described(config))
+    with pytest.raises(ValueError, match="lacks confidence_head_with_markov"):
+        read({k: v for k, v in written("deepspec", SAID).items() if not k.endswith("with_markov")})
+    del described["markov_head_type"], described["confidence_head_with_markov"]
+    assert read(described).said.config == config
+
+
 def test_an_older_speculators_file_says_its_layout_by_its_drafts():
     described = write(TABLE, SAID)
     del described["sample_from_anchor"], described["sliding_window_non_causal"]
