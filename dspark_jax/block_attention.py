@@ -35,7 +35,7 @@ def combine(a: Part, b: Part) -> Float[Array, "B h N R d"]:
 def attend_tiled(
     query: Float[Array, "B h N R d"],
     key: Float[Array, "B h C d"],
-    value: Float[Array, "B h C d"],
+    value: Float[Array, "B h C v"],
     seen: Bool[Array, "B N C"],
     tile: tuple[int, int] = (BLOCKS, ROWS),
 ) -> Part:
@@ -78,7 +78,8 @@ def _forward(tile: tuple[int, int], query: Any, key: Any, value: Any, seen: Any)
 
             return jax.lax.cond(live[i, j], compute, lambda carry: carry, carry), None
 
-        start = (jnp.zeros(q.shape, jnp.float32), jnp.full(shape, NOTHING), jnp.zeros(shape))
+        total = jnp.zeros((*shape, value.shape[-1]), jnp.float32)
+        start = (total, jnp.full(shape, NOTHING), jnp.zeros(shape))
         (total, top, summed), _ = jax.lax.scan(add, start, jnp.arange(live.shape[1]))
         summed = jnp.maximum(summed, jnp.finfo(jnp.float32).tiny)
         return total / summed[..., None], top + jnp.log(summed)

@@ -111,9 +111,11 @@ class MeshConfig:
     """Groups of devices with the draft once each; None: as many as can share the rows evenly."""
     fully_sharded: int = 1
     """Devices of a group, over which weights and optimizer state are spread."""
+    tensor_parallel: int = 1
+    """Devices that share each layer of the target; its experts are shared by all devices."""
 
     def __post_init__(self) -> None:
-        for name in ("data_parallel", "fully_sharded"):
+        for name in ("data_parallel", "fully_sharded", "tensor_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; use at least 1.")

@@ -3,11 +3,16 @@
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from dspark_jax import draft_decoder
 from dspark_jax.config import DraftConfig
 from dspark_jax.drafter import Drafter
+from dspark_jax.sharding import TENSOR, tree_specs, zeros
+from dspark_jax.spread import over, rows, run
 from dspark_jax.types import Draft
 
 
@@ -21,13 +26,61 @@ def init_draft_params(config: DraftConfig, seed: int) -> Any:
     return nnx.state(Drafter(config, nnx.Rngs(seed)), nnx.Param)
 
 
-def dspark_draft(config: DraftConfig) -> Draft:
-    """The functions of a DSpark draft; with markov_rank 0 it is a DFlash draft."""
+def dspark_draft(config: DraftConfig, mesh: Mesh | None = None) -> Draft:
+    """The functions of a DSpark draft; with markov_rank 0 it is a DFlash draft.
+
+    With a mesh of data x tensor devices they run on all of them, as those of the target do. Raises
+    ValueError when the draft cannot be shared so.
+    """
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    if mesh is not None:
+        check_mesh(config, mesh)
     graphdef = draft_graphdef(config)
-    return Draft(
-        draft_length=config.draft_length,
-        prepare=lambda params: draft_decoder.prepare(nnx.merge(graphdef, params, copy=True)),
-        init_cache=partial(draft_decoder.init_draft_cache, config),
-        extend_context=partial(draft_decoder.extend_context, config),
-        draft_block=partial(draft_decoder.draft_block, config),
-    )
+
+    def specs(tree: Any) -> Any:
+        return None if mesh is None else tree_specs(mesh, tree, "draft")
+
+    def prepare(params: Any) -> Any:
+        def part(params: Any) -> Any:
+            return draft_decoder.prepare(nnx.merge(graphdef, params, copy=True))
+
+        laid_out = jax.eval_shape(part, params)
+        return run(mesh, part, (specs(params),), specs(laid_out), params)
+
+    def init_cache(batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:
+        if mesh is None:
+            return draft_decoder.init_draft_cache(config, batch, capacity, dtype)
+        empty = partial(draft_decoder.init_draft_cache, config, batch, capacity, dtype)
+        return zeros(jax.eval_shape(empty), mesh, "draft")
+
+    def extend_context(prepared: Any, cache: Any, aux_hidden: Any, position: Any) -> Any:
+        spread = over(mesh, len(position))
+        ins = (specs(prepared), specs(cache), rows(spread), rows(spread))
+        part = partial(draft_decoder.extend_context, config, spread=spread)
+        return run(mesh, part, ins, specs(cache), prepared, cache, aux_hidden, position)
+
+    def draft_block(prepared: Any, frozen: Any, cache: Any, *given: Any) -> Any:
+        spread = over(mesh, len(given[0]))
+        ins = (specs(prepared), specs(frozen), specs(cache), *(rows(spread),) * len(given))
+        part = partial(draft_decoder.draft_block, config, spread=spread)
+        return run(mesh, part, ins, rows(spread), prepared, frozen, cache, *given)
+
+    return Draft(config.draft_length, prepare, init_cache, extend_context, draft_block)
+
+
+def check_mesh(config: DraftConfig, mesh: Mesh) -> None:
+    """Raise ValueError when a draft's parts cannot be shared evenly; it names all of them."""
+    shared = {
+        "hidden columns": config.hidden_size,
+        "attention heads": config.num_attention_heads,
+        "key-value heads": config.num_key_value_heads,
+        "MLP columns": config.intermediate_size,
+        "draft vocabulary rows": config.draft_vocab_size,
+    }
+    tensor = mesh.shape[TENSOR]
+    problems = [f"{size} {what}" for what, size in shared.items() if size % tensor]
+    if problems:
+        raise ValueError(
+            f"{tensor} devices cannot share the draft's {', '.join(problems)} evenly; use another "
+            "tensor_parallel."
+        )

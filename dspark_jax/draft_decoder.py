@@ -19,6 +19,7 @@ from dspark_jax.drafter import Drafter, base_logits, block_positions
 from dspark_jax.heads import ConfidenceHead, MarkovHead
 from dspark_jax.layers import matmul, product, rms_norm, rope_angles, rotate_half
 from dspark_jax.sampling import choose, sampling_noise
+from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import members
 from dspark_jax.types import DraftCache, Frozen, Proposal
 
@@ -99,12 +100,13 @@ def extend_context(
     cache: DraftCache,
     aux_hidden: Float[Array, "B S AD"],
     position: Int[Array, "B S"],
+    spread: Spread = ALONE,
 ) -> DraftCache:
     """Write the keys and values of fused target states at `position`; those >= C are padding.
 
     The context is not normed again: a layer's `norm` belongs to the block's slots only.
     """
-    fused = matmul(aux_hidden.astype(decoder.fc.dtype), decoder.fc)
+    fused = spread.columns(matmul(aux_hidden.astype(decoder.fc.dtype), decoder.fc))
     context = matmul(rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps), decoder.context)
     parts = context.reshape(*position.shape, config.num_hidden_layers, 2, -1, config.head_dim)
     angle = rope_angles(position, config.head_dim, config.rope_theta)
@@ -128,6 +130,7 @@ def run_block(
     cache: DraftCache,
     length: Int[Array, "B"],
     anchor: Int[Array, "B"],
+    spread: Spread = ALONE,
 ) -> tuple[Float[Array, "B K D"], Float[Array, "B G Vd"]]:
     """One block per sequence at positions `length`...: (hidden, base logits of predicting slots).
 
@@ -139,17 +142,17 @@ def run_block(
     angle = rope_angles(block_positions(length, K), config.head_dim, config.rope_theta)
     row = jnp.arange(cache.k[0].shape[2])
     seen = row < length[:, None]
-    x = frozen.embed[tokens].astype(decoder.fc.dtype)
+    x = spread.embed(frozen.embed, tokens).astype(decoder.fc.dtype)
     described = zip(decoder.layers, cache.k, cache.v, config.windows, config.causal, strict=True)
     for layer, keys, values, window, causal in described:
         near = seen if window is None else seen & (row >= length[:, None] - window)
         normed = rms_norm(x, layer.norm, eps)
         attended = attend(config, layer, normed, angle, (keys, values), near, block_mask(K, causal))
-        x = x + matmul(attended, layer.out)
+        x = x + spread.sum(matmul(attended, layer.out))
         gate, up = jnp.split(matmul(rms_norm(x, layer.mlp_norm, eps), layer.mlp_into), 2, axis=-1)
-        x = x + matmul(jax.nn.silu(gate) * up, layer.mlp_down)
+        x = x + spread.sum(matmul(jax.nn.silu(gate) * up, layer.mlp_down))
     hidden = rms_norm(x, decoder.norm, eps)
-    return hidden, base_logits(frozen, hidden[:, -config.draft_length :])
+    return hidden, spread.columns(base_logits(frozen, hidden[:, -config.draft_length :]))
 
 
 def attend(
@@ -163,7 +166,8 @@ def attend(
 ) -> Float[Array, "B K n"]:
     """Softmax attention of a block's slots over their context and one another."""
     (B, K, _), dim = normed.shape, config.head_dim
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    shared = context[0].shape[1]
+    heads = shared * (config.num_attention_heads // config.num_key_value_heads)
     into = matmul(normed, layer.into).reshape(B, K, -1, dim)
     query, key, value = jnp.split(into, [heads, heads + shared], axis=2)
     query = rotate_half(rms_norm(query, layer.query_norm, config.rms_norm_eps), angle)
@@ -194,6 +198,7 @@ def draft_block(
     anchor: Int[Array, "B"],
     keys: Key[Array, "B"],
     temperature: Float[Array, "B"],
+    spread: Spread = ALONE,
 ) -> Proposal:
     """Draft G tokens per sequence: one parallel pass, then position by position (paper §3.1).
 
@@ -201,7 +206,7 @@ def draft_block(
     the same key can be passed each time, other rows never matter, and no noise is used twice. The
     verifier must draw from other keys. `logits` are corrected, before temperature.
     """
-    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor)
+    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor, spread)
     noise = jax.lax.cond(
         jnp.any(temperature > 0),
         lambda: sampling_noise(keys, length, logits.shape[1:]),
@@ -217,7 +222,7 @@ def draft_block(
         (state, prev), (hidden, logits, noise), embedding = carry, slot, None
         if head is not None:
             state, bias, embedding = head.step(state, prev, hidden)
-            logits += bias
+            logits += spread.columns(bias)
         token = frozen.target_id[choose(logits, noise, temperature)].astype(prev.dtype)
         return (state, token), (token, logits, embedding)
 

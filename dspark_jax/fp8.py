@@ -5,19 +5,23 @@ A published checkpoint stores `weight` [out, in] in e4m3 beside `weight_scale_in
 so values, scales and block are all transposed once, when loaded (reference: glm-5.2.md §3).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int
 from numpy.typing import ArrayLike, DTypeLike
 
 LARGEST = 448.0
 """Of e4m3fn, which has no infinity: JAX turns what exceeds 464 into NaN."""
 SMALLEST_MAXIMUM = 1e-10
 """A block of smaller numbers is scaled as if this were its largest, so no scale is zero."""
+
+FEW_ROWS = 1024
+"""Up to so many rows a product is bound by the bytes of its kernel."""
 
 Block = tuple[int, int]
 """Rows and columns that share a scale; the last blocks of a matrix may be cut short."""
@@ -77,9 +81,74 @@ def quantise_activations(x: Float[Array, "*lead T i"], group: int = 128) -> Bloc
 
 
 def matmul(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array, "*rows o"]:
-    """W8A16: `x @ kernel` with the kernel dequantised to x's type, accumulated in float32."""
-    plain = dequantise(kernel, x.dtype)
-    return jnp.matmul(x, plain, preferred_element_type=jnp.float32).astype(x.dtype)
+    """W8A16: `x @ kernel`, accumulated in float32 and returned in x's type.
+
+    For many rows the kernel is dequantised to x's type once. For few, which cost no more than the
+    bytes of the kernel, a dequantised copy would cost five times those: blocks of rows are
+    multiplied as they are stored, and the products scaled in float32.
+    """
+    rows = x.size // x.shape[-1]
+    if rows > FEW_ROWS:
+        plain = dequantise(kernel, x.dtype)
+        return jnp.matmul(x, plain, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def product(x: Array, block: Array) -> Array:
+        return jnp.matmul(x, block.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def scale(scales: Array) -> Array:
+        return scales
+
+    wide = _by_blocks(x.reshape(rows, -1), kernel, product, scale)
+    return wide.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def ragged_matmul(
+    x: Float[Array, "R i"], kernels: BlockScaled, sizes: Int[Array, "E"]
+) -> Float[Array, "R o"]:
+    """W8A16 of rows sorted by matrix: the first `sizes[0]` by the first, and so on; in float32.
+
+    Rows past the sum of `sizes` hold anything.
+    """
+    if len(x) > FEW_ROWS:
+        plain = dequantise(kernels, x.dtype)
+        return jax.lax.ragged_dot(x, plain, sizes, preferred_element_type=jnp.float32)
+    owner = jnp.sum(jnp.arange(len(x))[:, None] >= jnp.cumsum(sizes), axis=1)
+    owner = jnp.minimum(owner, len(sizes) - 1)
+
+    def product(x: Array, block: Array) -> Array:
+        block = block.astype(x.dtype)
+        return jax.lax.ragged_dot(x, block, sizes, preferred_element_type=jnp.float32)
+
+    def scale(scales: Array) -> Array:
+        return scales[owner]
+
+    return _by_blocks(x, kernels, product, scale)
+
+
+def _by_blocks(
+    x: Float[Array, "R i"],
+    kernel: BlockScaled,
+    product: Callable[[Array, Array], Array],
+    scale: Callable[[Array], Array],
+) -> Float[Array, "R o"]:
+    """The sum over blocks of rows of `product(x's columns, kernel's rows)` times its scales."""
+    (*lead, size_in, size_out), (rows, columns) = kernel.shape, kernel.block
+    count = -(-size_in // rows)
+    values, axis = kernel.values, len(lead)
+    if size_in % rows:
+        filling = (0, count * rows - size_in)
+        x = jnp.pad(x, ((0, 0), filling))
+        values = jnp.pad(values, ((0, 0),) * axis + (filling, (0, 0)))
+
+    def add(i: Any, total: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(x, i * rows, rows, 1)
+        block = jax.lax.dynamic_slice_in_dim(values, i * rows, rows, axis)
+        scales = jax.lax.dynamic_index_in_dim(kernel.scales, i, axis, keepdims=False)
+        spread = jnp.repeat(scale(scales), columns, axis=-1)[..., :size_out]
+        return total + product(part, block) * spread
+
+    zero = jnp.zeros((len(x), size_out), jnp.float32)
+    return jax.lax.fori_loop(0, count, add, zero)
 
 
 def matmul_w8a8(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array, "*rows o"]:

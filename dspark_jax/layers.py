@@ -10,24 +10,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax import fp8
+from dspark_jax.fp8 import BlockScaled
+
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = 0.02) -> nnx.Param:
     """A parameter drawn from N(0, std²)."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape))
 
 
-def matmul(x: Float[Array, "*rows i"], kernel: Float[Array, "i o"]) -> Float[Array, "*rows o"]:
+Kernel = Float[Array, "i o"] | BlockScaled
+
+
+def matmul(x: Float[Array, "*rows i"], kernel: Kernel) -> Float[Array, "*rows o"]:
     """`x @ kernel` accumulated in float32 and returned in x's type."""
+    if isinstance(kernel, BlockScaled):
+        return fp8.matmul(x, kernel)
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def exact_matmul(
-    x: Float[Array, "*rows i"], kernel: Float[Array, "i o"]
-) -> Float[Array, "*rows o"]:
+def exact_matmul(x: Float[Array, "*rows i"], kernel: Kernel) -> Float[Array, "*rows o"]:
     """`x @ kernel` in float32 on every device: accelerators round float32 factors by default.
 
     For what a choice hangs on: a rounded router picks other experts.
     """
+    if isinstance(kernel, BlockScaled):
+        kernel = fp8.dequantise(kernel, jnp.float32)
     wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
     return jnp.matmul(*wide, precision=jax.lax.Precision.HIGHEST)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 LONGEST_UNIT = 8
@@ -106,6 +107,42 @@ def run_layers(
         carry, output = jax.lax.scan(repeat, carry, (params, tuple(given)))
         outputs.append(output)
     return carry, outputs
+
+
+def run_cached(
+    groups: Sequence[Group],
+    layers: nnx.List,
+    carry: Any,
+    inputs: Sequence[Sequence[Any]],
+    caches: Sequence[Sequence[Any]],
+    step: Callable[..., tuple[Any, Any]],
+) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
+    """Run `step(layer, carry, input, cache, repeat) -> (carry, cache)` over all layers.
+
+    Of a scanned group a step gets the whole stack of its member's caches and the number of its own,
+    so that they are changed in place; else its own cache and None.
+    """
+    kept: list[tuple[Any, ...]] = []
+    for group, unit, given, cached in zip(groups, layers, inputs, caches, strict=True):
+        if group.repeats == 1:
+            carry, cache = step(unit[0], carry, given[0], cached[0], None)
+            kept.append((cache,))
+            continue
+        graphdef, params = nnx.split(unit)
+
+        def repeat(state: Any, scanned: Any, graphdef: Any = graphdef) -> tuple[Any, None]:
+            (carry, caches), (params, given, number) = state, scanned
+            after = []
+            members = nnx.merge(graphdef, params, copy=True)
+            for layer, value, cache in zip(members, given, caches, strict=True):
+                carry, cache = step(layer, carry, value, cache, number)
+                after.append(cache)
+            return (carry, tuple(after)), None
+
+        numbered = (params, tuple(given), jnp.arange(group.repeats))
+        (carry, cached), _ = jax.lax.scan(repeat, (carry, tuple(cached)), numbered)
+        kept.append(cached)
+    return carry, tuple(kept)
 
 
 def run_weights(

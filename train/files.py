@@ -7,14 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from dspark_jax.checkpoints.folder import resolve
 from dspark_jax.checkpoints.quantisation import quantisation
 from dspark_jax.checkpoints.shards import stored_tensors
-from dspark_jax.config import MeshConfig, TargetConfig
-from dspark_jax.sharding import make_mesh
+from dspark_jax.config import TargetConfig
+from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.families import read_config
 from dspark_jax.targets.load import load_params
 
@@ -52,7 +53,7 @@ def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarge
             f"{config.vocab_size} rows; use the tokenizer the target was trained with."
         )
     ends = end_tokens(folder, described, tokenizer)
-    params = load_params(config, stored, block, make_mesh(MeshConfig(1, 1)))
+    params = load_params(config, stored, block, target_mesh(jax.devices()[:1], 1))
     return LoadedTarget(folder, config, params, tokenizer, ends)
 
 

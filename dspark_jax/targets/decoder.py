@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from dspark_jax.config import GlmConfig
 from dspark_jax.stack import Group
 from dspark_jax.targets.glm import Glm, GlmLayer
-from dspark_jax.targets.moe import Moe
+from dspark_jax.targets.moe import FEW_EXPERTS, Moe
 
 FOLDED_ELEMENTS = 1 << 20
 """Largest folded matrix: below this a product costs more to launch than to read."""
@@ -73,6 +75,11 @@ class Decoder(NamedTuple):
     layers: tuple[tuple[LayerWeights, ...], ...]
     norm: Float[Array, "D"]
     lm_head: Float[Array, "D V"]
+
+
+def is_compact(config: GlmConfig, mesh: Mesh | None) -> bool:
+    """Whether a target is decoded in this layout: by one device that runs all of its experts."""
+    return (mesh is None or mesh.size == 1) and config.n_routed_experts <= FEW_EXPERTS
 
 
 def prepare(glm: Glm, folded_elements: int = FOLDED_ELEMENTS) -> Decoder:

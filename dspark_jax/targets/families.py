@@ -7,11 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from dspark_jax.config import GlmConfig, Qwen3Config, TargetConfig
-from dspark_jax.targets import extend, glm_config, qwen3, qwen3_config
-from dspark_jax.targets.decoder import prepare
+from dspark_jax.config import GlmConfig, TargetConfig
+from dspark_jax.targets import extend, glm_config, qwen3_config
+from dspark_jax.targets.decoder import is_compact, prepare
 from dspark_jax.targets.glm import Glm
+from dspark_jax.targets.mesh import check_mesh, spread_decoding, spread_forward
 from dspark_jax.targets.qwen3 import Qwen3
 from dspark_jax.targets.weights import build, shape_of
 from dspark_jax.types import Frozen, Target
@@ -49,21 +51,30 @@ def architecture(config: TargetConfig) -> str:
     return glm_config.ARCHITECTURE if glm else qwen3_config.architecture(config)
 
 
-def make_target(config: TargetConfig) -> Target:
-    """The functions of a target; parameters come from `init_params` or a checkpoint."""
+def make_target(config: TargetConfig, mesh: Mesh | None = None) -> Target:
+    """The functions of a target; parameters come from `init_params` or a checkpoint.
+
+    With a mesh of data x tensor devices they run on all of them, each on its part of parameters,
+    caches and rows as `sharding.py` lays them out. Raises ValueError when the target cannot be
+    shared so.
+    """
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    if mesh is not None:
+        check_mesh(config, mesh)
     graphdef, _ = nnx.split(shape_of(config))
 
     def model(params: Any) -> Any:
         return nnx.merge(graphdef, params, copy=True)
 
-    glm = isinstance(config, GlmConfig)
+    decoding = spread_decoding(config, model, mesh)
+    if isinstance(config, GlmConfig) and is_compact(config, mesh):
+        decoding = _compact_decoding(config, model)
     return Target(
         config=config,
-        forward=lambda params, *rows: model(params).forward(*rows)[0],
-        trace=lambda params, *rows: model(params).forward(*rows),
         unembed=lambda params, hidden: model(params).unembed(hidden),
         frozen=lambda params, target_id=None: frozen_tables(model(params), target_id),
-        **(_glm_decoding(config, model) if glm else _qwen3_decoding(config, model)),
+        **spread_forward(config, model, mesh),
+        **decoding,
     )
 
 
@@ -79,23 +90,13 @@ def frozen_tables(model: Glm | Qwen3, target_id: Any = None) -> Frozen:
     return Frozen(model.embed_tokens[...], model.head[:, target_id], target_id)
 
 
-def _glm_decoding(config: GlmConfig, model: Callable[[Any], Glm]) -> dict[str, Callable[..., Any]]:
-    """A GLM's weights are laid out anew for decoding."""
+def _compact_decoding(
+    config: GlmConfig, model: Callable[[Any], Glm]
+) -> dict[str, Callable[..., Any]]:
+    """A small GLM's weights are laid out anew for decoding."""
     return {
         "prepare": lambda params: prepare(model(params)),
         "init_cache": partial(extend.init_cache, config),
         "extend": partial(extend.extend, config),
         "logits": partial(extend.logits, config),
-    }
-
-
-def _qwen3_decoding(
-    config: Qwen3Config, model: Callable[[Any], Qwen3]
-) -> dict[str, Callable[..., Any]]:
-    """A Qwen3 decodes with its weights as they are."""
-    return {
-        "prepare": lambda params: params,
-        "init_cache": partial(qwen3.init_cache, config),
-        "extend": lambda params, cache, rows: model(params).extend(cache, rows),
-        "logits": lambda params, hidden: model(params).unembed(hidden),
     }

@@ -1,5 +1,6 @@
 """GLM-5.x (`glm_moe_dsa`): latent attention, a sparse indexer shared by layers, experts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,12 +10,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.config import GlmConfig
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
-from dspark_jax.stack import build_layers, plan_groups, run_layers
+from dspark_jax.spread import ALONE, Spread
+from dspark_jax.stack import Group, build_layers, plan_groups, run_cached, run_layers
+from dspark_jax.targets.cache import Cached
 from dspark_jax.targets.indexer import select_top
 from dspark_jax.targets.mla import LayerCache, Mla
 from dspark_jax.targets.moe import Moe, Routing
 from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
-from dspark_jax.types import TargetStates
+from dspark_jax.types import Rows, TargetStates
+
+Attend = Callable[..., tuple[Float[Array, "B T D"], Any]]
 
 
 class GlmLayer(nnx.Module):
@@ -33,13 +38,34 @@ class GlmLayer(nnx.Module):
         )
 
     def feed_forward(
-        self, x: Float[Array, "B T D"]
+        self, x: Float[Array, "B T D"], spread: Spread = ALONE
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """The MLP's residual update."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, Moe):
-            return self.mlp(normed)
-        return self.mlp(normed), None
+            return self.mlp(normed, spread)
+        return spread.sum(self.mlp(normed)), None
+
+    def __call__(
+        self,
+        carry: Carry,
+        slot: Any,
+        angle: Float[Array, "B T half"],
+        visible: Bool[Array, "B T C"],
+        remember: Callable[[LayerCache], tuple[LayerCache, Any]],
+        attend: Attend,
+        spread: Spread,
+    ) -> tuple[Carry, Choices, Any]:
+        """The carry after this layer; `remember(new)` is what rows attend to and what is kept."""
+        normed = self.input_layernorm(carry.x)
+        query = self.self_attn.query(normed, angle)
+        memory, kept = remember(self.self_attn.memory(normed, angle))
+        scores, selected = _select(self, normed, query.latent, memory, angle, visible, carry)
+        update, attention = attend(self.self_attn, query, memory, selected)
+        x = carry.x + spread.sum(update)
+        update, routing = self.feed_forward(x, spread)
+        carry = leave(carry, x + update, selected, slot)
+        return carry, Choices(routing, scores, selected, attention), kept
 
 
 class Glm(nnx.Module):
@@ -54,7 +80,11 @@ class Glm(nnx.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
     def forward(
-        self, tokens: Int[Array, "B T"], segment: Int[Array, "B T"], position: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        segment: Int[Array, "B T"],
+        position: Int[Array, "B T"],
+        spread: Spread = ALONE,
     ) -> tuple[TargetStates, list[Any]]:
         """Whole packed rows without a cache; a token sees its own document up to itself."""
         order = jnp.arange(tokens.shape[1])
@@ -62,25 +92,39 @@ class Glm(nnx.Module):
         angle = self._angles(position)
 
         def step(layer: GlmLayer, carry: Carry, slot: Any) -> tuple[Carry, Choices]:
-            normed = layer.input_layernorm(carry.x)
-            query, memory = (
-                layer.self_attn.query(normed, angle),
-                layer.self_attn.memory(normed, angle),
-            )
-            scores, selected = _select(layer, normed, query.latent, memory, angle, visible, carry)
-            update, attention = layer.self_attn.attend_expanded(query, memory, selected)
-            x, routing = _residual(layer, carry.x + update)
-            return leave(carry, x, selected, slot), Choices(routing, scores, selected, attention)
+            given = (angle, visible, lambda new: (new, None), Mla.attend_expanded, spread)
+            carry, choices, _ = layer(carry, slot, *given)
+            return carry, choices
 
-        ids = self.config.aux_layer_ids
-        carry, choices = run_layers(
-            self.groups,
-            self.layers,
-            enter(self.embed_tokens[...][tokens], visible, ids),
-            layer_slots(self.groups, ids, self.config.num_hidden_layers),
-            step,
-        )
+        carry = self._enter(tokens, visible, spread)
+        carry, choices = run_layers(self.groups, self.layers, carry, self._slots(), step)
         return states(carry), choices
+
+    def extend(
+        self, cache: Any, rows: Rows, spread: Spread = ALONE
+    ) -> tuple[tuple[tuple[LayerCache, ...], ...], TargetStates]:
+        """Rows after their caches: each is written at its position, then sees all up to itself.
+
+        Rows already written at or past a position are overwritten, never rolled back.
+        """
+        capacity = cache[0][0].latent.shape[-2]
+        visible = jnp.arange(capacity) <= rows.position[:, :, None]
+        angle = self._angles(rows.position)
+
+        def step(
+            layer: GlmLayer, carry: Carry, slot: Any, cache: LayerCache, repeat: Any
+        ) -> tuple[Carry, LayerCache]:
+            def remember(new: LayerCache) -> tuple[LayerCache, LayerCache]:
+                cached = Cached(cache, repeat).write(new, rows.position)
+                return cached.read(), cached.arrays
+
+            given = (angle, visible, remember, Mla.attend_absorbed, spread)
+            carry, _, kept = layer(carry, slot, *given)
+            return carry, kept
+
+        carry = self._enter(rows.tokens, visible, spread)
+        carry, cache = run_cached(self.groups, self.layers, carry, self._slots(), cache, step)
+        return cache, states(carry)
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Final norm and head; logits in float32."""
@@ -90,8 +134,35 @@ class Glm(nnx.Module):
     def head(self) -> Float[Array, "D V"]:
         return self.lm_head.kernel[...]
 
+    def _enter(
+        self, tokens: Int[Array, "B T"], visible: Bool[Array, "B T C"], spread: Spread
+    ) -> Carry:
+        x = spread.embed(self.embed_tokens[...], tokens)
+        return enter(x, visible, self.config.aux_layer_ids)
+
+    def _slots(self) -> list[tuple[Any, ...]]:
+        c = self.config
+        return layer_slots(self.groups, c.aux_layer_ids, c.num_hidden_layers)
+
     def _angles(self, position: Int[Array, "B T"]) -> Float[Array, "B T half"]:
         return rope_angles(position, self.config.qk_rope_head_dim, self.config.rope_theta)
+
+
+def init_cache(
+    config: GlmConfig, batch: int, capacity: int, dtype: Any = jnp.float32
+) -> tuple[tuple[LayerCache, ...], ...]:
+    """Empty caches of every layer, arranged like the model's groups."""
+    c = config
+
+    def empty(group: Group, member: int) -> LayerCache:
+        lead = (batch, capacity) if group.repeats == 1 else (group.repeats, batch, capacity)
+        sizes = [c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim]
+        latent, rope, index = (jnp.zeros((*lead, size), dtype) for size in sizes)
+        full = c.indexer_types[group.layer(member)] == "full"
+        return LayerCache(latent, rope, index if full else None)
+
+    groups = plan_groups(c.layer_kinds, c.unroll_layers)
+    return tuple(tuple(empty(group, m) for m in range(group.unit)) for group in groups)
 
 
 def _select(
@@ -113,10 +184,3 @@ def _select(
     )
     top = select_top(jax.lax.stop_gradient(scores), visible, layer.self_attn.config.index_topk)
     return scores, top
-
-
-def _residual(
-    layer: GlmLayer, x: Float[Array, "B T D"]
-) -> tuple[Float[Array, "B T D"], Routing | None]:
-    update, routing = layer.feed_forward(x)
-    return x + update, routing

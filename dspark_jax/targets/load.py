@@ -1,4 +1,8 @@
-"""A target's checkpoint, streamed into device arrays; FP8 blocks are multiplied out on the way."""
+"""A target's checkpoint, streamed into device arrays.
+
+FP8 blocks stay as they are stored; of a target small enough to be laid out anew for decoding they
+are multiplied out.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,8 +16,10 @@ from dspark_jax import sharding
 from dspark_jax.checkpoints.header import Stored
 from dspark_jax.checkpoints.rounds import ParamPath, Placement
 from dspark_jax.checkpoints.stream import stream
-from dspark_jax.config import TargetConfig
+from dspark_jax.config import GlmConfig, TargetConfig
 from dspark_jax.fp8 import BlockScaled, dequantise
+from dspark_jax.targets.decoder import is_compact
+from dspark_jax.targets.mesh import family
 from dspark_jax.targets.weights import Entry, check_tensors, entries, shape_of
 
 SCALES = "_scale_inv"
@@ -28,7 +34,9 @@ def load_params(
     dtype: Any = jnp.float32,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> Any:
-    """The parameters of a target in `dtype`, spread over the mesh by the rules of `sharding.py`.
+    """The parameters of a target in `dtype`, spread over a mesh of data x tensor devices.
+
+    FP8 ones stay `BlockScaled`, unless the target is small.
 
     Args:
         stored: What the checkpoint holds, from `stored_tensors`.
@@ -49,13 +57,19 @@ def load_params(
     if block:
         cut = {path: scale_shape(shapes[path].shape, block) for path in quantised}
         kept |= {(*path, SCALES): (shape, jnp.float32) for path, shape in cut.items()}
-    places = {path: _place(mesh, path, shape) for path, (shape, _) in kept.items()}
+    places = {path: _place(config, mesh, path, shape) for path, (shape, _) in kept.items()}
+    if block:
+        check_blocks(mesh, quantised, kept, places, block)
     targets = {p: jax.ShapeDtypeStruct(*kept[p], sharding=places[p]) for p in kept}
-    arrays = stream([placement(e, stored) for e in (*table, *scales)], targets, progress)
+    arrays: dict[ParamPath, Any] = stream(
+        [placement(e, stored) for e in (*table, *scales)], targets, progress
+    )
+    small = isinstance(config, GlmConfig) and is_compact(config, mesh)
     for path in quantised:
         assert block is not None
         scaled = BlockScaled(arrays.pop(path), arrays.pop((*path, SCALES)), (block[1], block[0]))
-        arrays[path] = _multiply_out(scaled, kept_type(path, dtype), places[path])
+        kept_as = kept_type(path, dtype)
+        arrays[path] = _multiply_out(scaled, kept_as, places[path]) if small else scaled
     return nnx.from_flat_state(
         [(path, param.replace(arrays[path])) for path, param in shapes.items()]
     )
@@ -67,10 +81,14 @@ def kept_type(path: ParamPath, dtype: Any) -> Any:
 
 
 def in_type(params: Any, dtype: Any) -> Any:
-    """Loaded parameters in another type, but for what is always float32."""
+    """Loaded parameters in another type, but for what is always float32 or FP8."""
+
+    def cast(path: ParamPath, value: Any) -> Any:
+        return value if isinstance(value, BlockScaled) else value.astype(kept_type(path, dtype))
+
     flat = nnx.to_flat_state(params)
     return nnx.from_flat_state(
-        [(path, param.replace(param[...].astype(kept_type(path, dtype)))) for path, param in flat]
+        [(path, param.replace(cast(path, param[...]))) for path, param in flat]
     )
 
 
@@ -131,8 +149,30 @@ def _mixed(
             yield f"{entry.name} is {kind}, no floating-point type"
 
 
-def _place(mesh: Mesh, path: ParamPath, shape: tuple[int, ...]) -> NamedSharding:
-    return NamedSharding(mesh, sharding.spec(mesh, [str(part) for part in path], shape))
+def check_blocks(
+    mesh: Mesh,
+    quantised: Iterable[ParamPath],
+    kept: Mapping[ParamPath, tuple[tuple[int, ...], Any]],
+    places: Mapping[ParamPath, NamedSharding],
+    block: tuple[int, int],
+) -> None:
+    """Raise ValueError when a device's part of a kernel would end within a block."""
+    for path in quantised:
+        local = places[path].shard_shape(kept[path][0])
+        scales = places[*path, SCALES].shard_shape(kept[*path, SCALES][0])
+        if scales != scale_shape(local, block):
+            raise ValueError(
+                f"a mesh of {' x '.join(map(str, mesh.devices.shape))} (data x tensor) devices "
+                f"cuts blocks of {block[0]} x {block[1]} of {'.'.join(map(str, path))}, of which a "
+                f"device would hold {list(local)}; use a smaller tensor_parallel."
+            )
+
+
+def _place(
+    config: TargetConfig, mesh: Mesh, path: ParamPath, shape: tuple[int, ...]
+) -> NamedSharding:
+    names = [str(part) for part in path]
+    return NamedSharding(mesh, sharding.spec(mesh, names, shape, family(config)))
 
 
 def _multiply_out(scaled: BlockScaled, dtype: Any, place: NamedSharding) -> jax.Array:

@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from dspark_jax.block_attention import attend_tiled
 from dspark_jax.config import GlmConfig
+from dspark_jax.fp8 import BlockScaled, dequantise
 from dspark_jax.layers import Linear, RMSNorm, masked_softmax, product, rotate_interleaved
 from dspark_jax.targets.indexer import Indexer
+
+LARGEST_SCORES = 1 << 27
+"""Elements of a layer's attention scores up to which all of them are held at once."""
 
 
 class LayerCache(NamedTuple):
@@ -51,7 +56,7 @@ class Mla(nnx.Module):
         """The queries of every row."""
         c = self.config
         latent = self.q_a_layernorm(self.q_a_proj(x))
-        heads = self.q_b_proj(latent).reshape(*x.shape[:2], c.num_attention_heads, c.qk_head_dim)
+        heads = self.q_b_proj(latent).reshape(*x.shape[:2], -1, c.qk_head_dim)
         nope, rope = jnp.split(heads, [c.qk_nope_head_dim], axis=-1)
         return Query(latent, nope, rotate_interleaved(rope, angle))
 
@@ -66,16 +71,73 @@ class Mla(nnx.Module):
 
     def attend_expanded(
         self, query: Query, memory: LayerCache, visible: Bool[Array, "B T C"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T C"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T C"] | None]:
         """Attention with per-head keys and values: fewest operations when rows are many.
 
-        Also returns the attention averaged over heads, which trains the indexer.
+        Also returns the attention averaged over heads, which trains the indexer; of rows so many
+        that their scores are computed tile by tile, None.
         """
         c, (b, s, _) = self.config, memory.latent.shape
-        heads = self.kv_b_proj(memory.latent).reshape(b, s, c.num_attention_heads, -1)
+        heads = self.kv_b_proj(memory.latent).reshape(b, s, -1, c.qk_nope_head_dim + c.v_head_dim)
         key, value = jnp.split(heads, [c.qk_nope_head_dim], axis=-1)
-        scores = product("bthn,bshn->bhts", query.nope, key)
-        scores = scores + product("bthp,bsp->bhts", query.rope, memory.rope)
-        probs = masked_softmax(scores * c.qk_head_dim**-0.5, visible[:, None])
-        out = product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
-        return self.o_proj(out.reshape(*out.shape[:2], -1)), jnp.mean(probs, axis=1)
+        rows, count = query.nope.shape[1:3]
+        if b * count * rows * s > LARGEST_SCORES:
+            out, probs = _tiled(query, key, value, memory.rope, visible), None
+        else:
+            scores = product("bthn,bshn->bhts", query.nope, key)
+            scores = scores + product("bthp,bsp->bhts", query.rope, memory.rope)
+            probs = masked_softmax(scores * c.qk_head_dim**-0.5, visible[:, None])
+            out = product("bhts,bshv->bthv", probs.astype(value.dtype), value).astype(value.dtype)
+            probs = jnp.mean(probs, axis=1)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), probs
+
+    def attend_absorbed(
+        self, query: Query, memory: LayerCache, visible: Bool[Array, "B S C"]
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """Attention in the latent space, where all heads read the same memory: fewest bytes.
+
+        The expansion of keys is applied to the queries, that of values to what they mix.
+        """
+        c, dtype = self.config, query.nope.dtype
+        expand = self.kv_b_proj.kernel[...]
+        if isinstance(expand, BlockScaled):
+            expand = dequantise(expand, dtype)
+        expand = expand.reshape(c.kv_lora_rank, -1, c.qk_nope_head_dim + c.v_head_dim)
+        to_latent, to_value = jnp.split(jnp.moveaxis(expand, 1, 0), [c.qk_nope_head_dim], axis=-1)
+        # Heads go first: XLA's CPU multiplies no bfloat16 with them in the middle.
+        heads = jnp.moveaxis(query.nope, 2, 0)
+        latent = jnp.moveaxis(product("hbsn,hrn->hbsr", heads, to_latent), 0, 2).astype(dtype)
+        mixed = mix_latents(latent, query.rope, memory, visible, c.qk_head_dim**-0.5)
+        out = product("hbsr,hrv->hbsv", jnp.moveaxis(mixed.astype(dtype), 2, 0), to_value)
+        out = jnp.moveaxis(out, 0, 2).astype(dtype)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), None
+
+
+def mix_latents(
+    latent: Float[Array, "B S H r"],
+    rope: Float[Array, "B S H p"],
+    memory: LayerCache,
+    visible: Bool[Array, "B S C"],
+    scale: float,
+) -> Float[Array, "B S H r"]:
+    """What every head's query takes from the cached latents, in float32."""
+    scores = product("bshr,bcr->bshc", latent, memory.latent)
+    scores = scores + product("bshp,bcp->bshc", rope, memory.rope)
+    probs = masked_softmax(scores * scale, visible[:, :, None]).astype(memory.latent.dtype)
+    return product("bshc,bcr->bshr", probs, memory.latent)
+
+
+def _tiled(
+    query: Query,
+    key: Float[Array, "B C H n"],
+    value: Float[Array, "B C H v"],
+    rope: Float[Array, "B C p"],
+    visible: Bool[Array, "B T C"],
+) -> Float[Array, "B T H v"]:
+    """The same as a whole softmax; rows see their own document, so most tiles are skipped."""
+    shared = jnp.broadcast_to(rope[:, :, None], (*key.shape[:3], rope.shape[-1]))
+    key = jnp.moveaxis(jnp.concatenate([key, shared], axis=-1), 2, 1)
+    asked = jnp.concatenate([query.nope, query.rope], axis=-1)
+    asked = jnp.moveaxis(asked * asked.shape[-1] ** -0.5, 2, 1).astype(key.dtype)
+    out = attend_tiled(asked[:, :, :, None], key, jnp.moveaxis(value, 2, 1), visible).out
+    return jnp.moveaxis(out[:, :, :, 0], 1, 2).astype(value.dtype)

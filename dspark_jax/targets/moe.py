@@ -1,6 +1,7 @@
 """Mixtures of experts: GLM-5's sigmoid router with a shared expert, Qwen3's softmax router."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.config import GlmConfig, Qwen3Config, TargetConfig
+from dspark_jax.fp8 import BlockScaled, dequantise, ragged_matmul
 from dspark_jax.layers import SwiGLU, exact_matmul, init_normal, matmul, product
+from dspark_jax.spread import ALONE, Spread
 
 FEW_EXPERTS = 16
 """Up to so many experts, all of them run on every row."""
+
+
+Kernels = Float[Array, "E _in _out"] | BlockScaled
 
 
 class Routing(NamedTuple):
@@ -58,7 +64,7 @@ def route(
 
 
 class Experts(nnx.Module):
-    """All routed experts, stacked.
+    """Routed experts, stacked: all of them, or those that this device holds.
 
     Few experts all run and those not chosen weigh nothing: exact, a row never meets another row,
     and on a CPU faster than gathering. Many experts run on their own rows only.
@@ -66,18 +72,30 @@ class Experts(nnx.Module):
 
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
         d, e, i = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+        self.few = e <= FEW_EXPERTS
         self.gate_proj = init_normal(rngs, (e, d, i))
         self.up_proj = init_normal(rngs, (e, d, i))
         self.down_proj = init_normal(rngs, (e, i, d))
 
-    def __call__(self, x: Float[Array, "*rows D"], routing: Routing) -> Float[Array, "*rows D"]:
-        gate, up, down = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        rows, expert, weight = (
-            a.reshape(-1, a.shape[-1]) for a in (x, routing.expert, routing.weight)
-        )
-        if len(gate) <= FEW_EXPERTS:
-            return all_experts(rows, weight, gate, up, down).reshape(x.shape)
-        return chosen_experts(rows, expert, weight, gate, up, down).reshape(x.shape)
+    def __call__(
+        self, x: Float[Array, "R D"], routing: Routing, spread: Spread = ALONE
+    ) -> Float[Array, "R D"]:
+        """What the experts here add to every row."""
+        kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        here = kernels[0].shape[0]
+        first = spread.first_expert(here)
+        if self.few:
+            weight = jax.lax.dynamic_slice_in_dim(routing.weight, first, here, axis=1)
+            return all_experts(x, weight, *map(plain, kernels))
+        share = jnp.take_along_axis(routing.weight, routing.expert, axis=-1)
+        if spread == ALONE:
+            return chosen_experts(x, routing.expert, share, *kernels)
+        return local_experts(x, routing.expert - first, share, *kernels, routing.weight.shape[1])
+
+
+def plain(kernels: Kernels) -> Float[Array, "E i o"]:
+    """The matrices themselves, in bfloat16 where they are kept in FP8."""
+    return dequantise(kernels, jnp.bfloat16) if isinstance(kernels, BlockScaled) else kernels
 
 
 def all_experts(
@@ -97,27 +115,89 @@ def all_experts(
 def chosen_experts(
     x: Float[Array, "R D"],
     expert: Int[Array, "R k"],
-    weight: Float[Array, "R E"],
-    gate: Float[Array, "E D I"],
-    up: Float[Array, "E D I"],
-    down: Float[Array, "E I D"],
+    share: Float[Array, "R k"],
+    gate: Kernels,
+    up: Kernels,
+    down: Kernels,
 ) -> Float[Array, "R D"]:
     """Every expert on the rows that chose it: rows sorted by expert, one ragged product each."""
     (rows, k), experts = expert.shape, gate.shape[0]
     order = jnp.argsort(expert.reshape(-1), stable=True)
     sizes = jnp.bincount(expert.reshape(-1), length=experts).astype(jnp.int32)
-    gathered = x[order // k]
-
-    def each(rows: Float[Array, "n i"], kernel: Float[Array, "E i o"]) -> Float[Array, "n o"]:
-        wide = jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32)
-        return wide.astype(x.dtype)
-
-    hidden = jax.nn.silu(each(gathered, gate)) * each(gathered, up)
-    share = jnp.take_along_axis(weight, expert, axis=-1).reshape(-1)[order]
-    y = each(hidden, down).astype(jnp.float32) * share[:, None]
+    y = swiglu(x[order // k], sizes, gate, up, down) * share.reshape(-1)[order][:, None]
     # Back in the rows' order the sum over choices has a fixed order, whatever else is in the batch.
     y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
     return y.reshape(rows, k, -1).sum(axis=1).astype(x.dtype)
+
+
+def local_experts(
+    x: Float[Array, "R D"],
+    expert: Int[Array, "R k"],
+    share: Float[Array, "R k"],
+    gate: Kernels,
+    up: Kernels,
+    down: Kernels,
+    everywhere: int,
+) -> Float[Array, "R D"]:
+    """The same for choices among `everywhere` experts, of which those numbered from 0 are here.
+
+    Rows that chose one of these are worked off in chunks of twice as many as there should be, so
+    one chunk is usual, and however the choices fall none is left out. A row's sum goes from the
+    lowest expert to the highest.
+    """
+    (rows, k), here = expert.shape, gate.shape[0]
+    chunk = min(rows * k, 8 * -(-2 * rows * k * here // (8 * everywhere)))
+    key = jnp.where((expert >= 0) & (expert < here), expert, here).reshape(-1)
+    order = jnp.argsort(key, stable=True)
+    order = jnp.pad(order, (0, -len(order) % chunk))
+    sizes = jnp.bincount(key, length=here + 1)[:here].astype(jnp.int32)
+    ends = jnp.cumsum(sizes)
+
+    def add(i: Any, y: Array) -> Array:
+        begin = i * chunk
+        slot = jax.lax.dynamic_slice_in_dim(order, begin, chunk)
+        cut = jnp.clip(ends - begin, 0, chunk) - jnp.clip(ends - sizes - begin, 0, chunk)
+        real = begin + jnp.arange(chunk) < ends[-1]
+        part = swiglu(x[slot // k], cut, gate, up, down) * share.reshape(-1)[slot][:, None]
+        # Rows past the real ones hold anything, and are added nowhere.
+        return y.at[jnp.where(real, slot // k, rows)].add(part, mode="drop")
+
+    zero = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.fori_loop(0, -(-ends[-1] // chunk), add, zero).astype(x.dtype)
+
+
+def swiglu(
+    x: Float[Array, "R D"], sizes: Int[Array, "E"], gate: Kernels, up: Kernels, down: Kernels
+) -> Float[Array, "R D"]:
+    """Every expert's MLP on its rows, which are sorted by expert; in float32."""
+    hidden = jax.nn.silu(ragged(x, gate, sizes).astype(x.dtype))
+    hidden = hidden * ragged(x, up, sizes).astype(x.dtype)
+    return ragged(hidden, down, sizes)
+
+
+def ragged(x: Float[Array, "R i"], kernels: Kernels, sizes: Int[Array, "E"]) -> Float[Array, "R o"]:
+    """Rows sorted by matrix times their matrix, in float32."""
+    if isinstance(kernels, BlockScaled):
+        return ragged_matmul(x, kernels, sizes)
+    return jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32)
+
+
+def routed(
+    gate: Callable[[Array], Routing],
+    experts: Experts,
+    shared: SwiGLU | None,
+    x: Float[Array, "B T D"],
+    spread: Spread,
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """A mixture on rows of which each group of devices has its own; the experts are shared by all.
+
+    One gathering of rows, one sum; the decision comes back for the own rows.
+    """
+    rows = spread.all_rows(x)
+    routing = gate(rows.reshape(-1, x.shape[-1]))
+    y = experts(rows.reshape(-1, x.shape[-1]), routing, spread).reshape(rows.shape)
+    routing = jax.tree.map(lambda r: spread.own_rows(r.reshape(*rows.shape[:-1], -1)), routing)
+    return spread.sum_experts(y, None if shared is None else shared(x)), routing
 
 
 class Moe(nnx.Module):
@@ -129,9 +209,10 @@ class Moe(nnx.Module):
         self.experts = Experts(config, rngs=rngs)
         self.shared_experts = SwiGLU(config.hidden_size, shared, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows D"], Routing]:
-        routing = self.gate(x)
-        return self.experts(x, routing) + self.shared_experts(x), routing
+    def __call__(
+        self, x: Float[Array, "B T D"], spread: Spread = ALONE
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        return routed(self.gate, self.experts, self.shared_experts, x, spread)
 
 
 class SoftmaxRouter(nnx.Module):
@@ -159,6 +240,7 @@ class SparseMlp(nnx.Module):
         self.gate = SoftmaxRouter(config, rngs=rngs)
         self.experts = Experts(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows D"], Routing]:
-        routing = self.gate(x)
-        return self.experts(x, routing), routing
+    def __call__(
+        self, x: Float[Array, "B T D"], spread: Spread = ALONE
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        return routed(self.gate, self.experts, None, x, spread)

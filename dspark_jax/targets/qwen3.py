@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.attention import Attention, attend_rows
 from dspark_jax.config import Qwen3Config
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
-from dspark_jax.stack import Group, build_layers, plan_groups, run_layers
-from dspark_jax.targets.cache import write_heads
+from dspark_jax.spread import ALONE, Spread
+from dspark_jax.stack import Group, build_layers, plan_groups, run_cached, run_layers
+from dspark_jax.targets.cache import Cached
 from dspark_jax.targets.moe import Routing, SparseMlp
 from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
 from dspark_jax.types import Rows, TargetStates
@@ -39,14 +40,35 @@ class Qwen3Layer(nnx.Module):
             else SparseMlp(config, rngs=rngs)
         )
 
+    def __call__(
+        self,
+        carry: Carry,
+        slot: Any,
+        angle: Float[Array, "B T half"],
+        visible: Bool[Array, "B T C"],
+        remember: Callable[[KeyValue], tuple[KeyValue, Any]],
+        spread: Spread,
+    ) -> tuple[Carry, Routing | None, Any]:
+        """The carry after this layer; `remember(new)` is what rows attend to and what is kept.
+
+        New keys and values are [B T Hk d], remembered ones [B Hk C d].
+        """
+        normed = self.input_layernorm(carry.x)
+        memory, kept = remember(KeyValue(*self.self_attn.keys_values(normed, angle)))
+        query = self.self_attn.queries(normed, angle)
+        attended = attend_rows(query, *memory, visible)
+        x = carry.x + spread.sum(self.self_attn.o_proj(attended))
+        update, routing = self.feed_forward(x, spread)
+        return leave(carry, x + update, carry.selected, slot), routing, kept
+
     def feed_forward(
-        self, x: Float[Array, "B T D"]
+        self, x: Float[Array, "B T D"], spread: Spread = ALONE
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """The MLP's residual update."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SparseMlp):
-            return self.mlp(normed)
-        return self.mlp(normed), None
+            return self.mlp(normed, spread)
+        return spread.sum(self.mlp(normed)), None
 
 
 class Qwen3(nnx.Module):
@@ -62,30 +84,49 @@ class Qwen3(nnx.Module):
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
     def forward(
-        self, tokens: Int[Array, "B T"], segment: Int[Array, "B T"], position: Int[Array, "B T"]
+        self,
+        tokens: Int[Array, "B T"],
+        segment: Int[Array, "B T"],
+        position: Int[Array, "B T"],
+        spread: Spread = ALONE,
     ) -> tuple[TargetStates, list[Any]]:
         """Whole packed rows without a cache; a token sees its own document up to itself."""
         order = jnp.arange(tokens.shape[1])
         visible = (segment[:, :, None] == segment[:, None, :]) & (order[:, None] >= order)
-        nothing = tuple((None,) * group.unit for group in self.groups)
+        angle = self._angles(position)
 
-        def remember(cached: None, new: KeyValue) -> tuple[KeyValue, None]:
-            return new, None
+        def remember(new: KeyValue) -> tuple[KeyValue, None]:
+            return KeyValue(*(jnp.moveaxis(x, 2, 1) for x in new)), None
 
-        found, outputs = self._run(tokens, position, visible, nothing, remember)
-        return found, [tuple(choices for _, choices in unit) for unit in outputs]
+        def step(layer: Qwen3Layer, carry: Carry, slot: Any) -> tuple[Carry, Choices]:
+            carry, routing, _ = layer(carry, slot, angle, visible, remember, spread)
+            return carry, Choices(routing, None, None, None)
 
-    def extend(self, cache: Any, rows: Rows) -> tuple[Any, TargetStates]:
+        carry = self._enter(tokens, visible, spread)
+        carry, choices = run_layers(self.groups, self.layers, carry, self._slots(), step)
+        return states(carry), choices
+
+    def extend(
+        self, cache: Any, rows: Rows, spread: Spread = ALONE
+    ) -> tuple[tuple[tuple[KeyValue, ...], ...], TargetStates]:
         """Rows after their caches: each is written at its position, then sees all up to itself."""
         capacity = cache[0][0].key.shape[-2]
         visible = jnp.arange(capacity) <= rows.position[:, :, None]
+        angle = self._angles(rows.position)
 
-        def remember(cached: KeyValue, new: KeyValue) -> tuple[KeyValue, KeyValue]:
-            memory = write_heads(cached, new, rows.position)
-            return memory, memory
+        def step(
+            layer: Qwen3Layer, carry: Carry, slot: Any, cache: KeyValue, repeat: Any
+        ) -> tuple[Carry, KeyValue]:
+            def remember(new: KeyValue) -> tuple[KeyValue, KeyValue]:
+                cached = Cached(cache, repeat).write_heads(new, rows.position)
+                return cached.read(), cached.arrays
 
-        found, outputs = self._run(rows.tokens, rows.position, visible, cache, remember)
-        return tuple(tuple(memory for memory, _ in unit) for unit in outputs), found
+            carry, _, kept = layer(carry, slot, angle, visible, remember, spread)
+            return carry, kept
+
+        carry = self._enter(rows.tokens, visible, spread)
+        carry, cache = run_cached(self.groups, self.layers, carry, self._slots(), cache, step)
+        return cache, states(carry)
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Final norm and head; logits in float32."""
@@ -96,34 +137,18 @@ class Qwen3(nnx.Module):
     def head(self) -> Float[Array, "D V"]:
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
 
-    def _run(
-        self,
-        tokens: Int[Array, "B S"],
-        position: Int[Array, "B S"],
-        visible: Bool[Array, "B S C"],
-        caches: Any,
-        remember: Callable[[Any, KeyValue], tuple[KeyValue, Any]],
-    ) -> tuple[TargetStates, list[Any]]:
-        """All layers; `remember(cached, new)` gives what the rows attend to and what is kept."""
-        angle = rope_angles(position, self.config.head_dim, self.config.rope_theta)
+    def _enter(
+        self, tokens: Int[Array, "B T"], visible: Bool[Array, "B T C"], spread: Spread
+    ) -> Carry:
+        x = spread.embed(self.embed_tokens[...], tokens)
+        return enter(x, visible, self.config.aux_layer_ids)
 
-        def step(layer: Qwen3Layer, carry: Carry, given: Any) -> tuple[Carry, Any]:
-            slot, cached = given
-            normed = layer.input_layernorm(carry.x)
-            new = layer.self_attn.keys_values(normed, angle)
-            memory, kept = remember(cached, KeyValue(*(jnp.moveaxis(x, 2, 1) for x in new)))
-            query = layer.self_attn.queries(normed, angle)
-            x = carry.x + layer.self_attn.o_proj(attend_rows(query, *memory, visible))
-            update, routing = layer.feed_forward(x)
-            choices = Choices(routing, None, None, None)
-            return leave(carry, x + update, carry.selected, slot), (kept, choices)
+    def _slots(self) -> list[tuple[Any, ...]]:
+        c = self.config
+        return layer_slots(self.groups, c.aux_layer_ids, c.num_hidden_layers)
 
-        ids = self.config.aux_layer_ids
-        slots = layer_slots(self.groups, ids, self.config.num_hidden_layers)
-        given = [tuple(zip(s, c, strict=True)) for s, c in zip(slots, caches, strict=True)]
-        carry = enter(self.embed_tokens[...][tokens], visible, ids)
-        carry, outputs = run_layers(self.groups, self.layers, carry, given, step)
-        return states(carry), outputs
+    def _angles(self, position: Int[Array, "B T"]) -> Float[Array, "B T half"]:
+        return rope_angles(position, self.config.head_dim, self.config.rope_theta)
 
 
 def init_cache(config: Qwen3Config, batch: int, capacity: int, dtype: Any = jnp.float32) -> Any:

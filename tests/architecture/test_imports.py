@@ -1,4 +1,4 @@
-"""Imports point inward: kernels <- core <- train, serve and convert."""
+"""Imports point inward: kernels <- core <- train, serve, convert and plan."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS = {name: ROOT / folder for name, folder in SETUPTOOLS["package-dir"].items()}
-OUTER = {"dspark_jax.train", "dspark_jax.serve", "dspark_jax.convert"}
+OUTER = {"dspark_jax.train", "dspark_jax.serve", "dspark_jax.convert", "dspark_jax.plan"}
 KERNELS = "dspark_jax.pallas_kernels"
 
 
@@ -78,12 +78,12 @@ def test_core_reaches_kernels_through_ops_only():
     assert not offenders(CORE - {"dspark_jax.ops"}, KERNELS)
 
 
-def test_core_never_imports_train_serve_or_convert():
+def test_core_never_imports_train_serve_convert_or_plan():
     assert not offenders(CORE, *OUTER)
 
 
 @pytest.mark.parametrize("package", sorted(OUTER))
-def test_train_serve_and_convert_never_import_one_another(package: str):
+def test_train_serve_convert_and_plan_never_import_one_another(package: str):
     inside = {m for m in MODULES if is_within(m, package)}
     assert not offenders(inside, *(OUTER - {package}))
 

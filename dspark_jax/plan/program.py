@@ -1,0 +1,137 @@
+"""The decode steps that are planned for, as traced functions of shapes and their shardings."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.draft import dspark_draft
+from dspark_jax.draft_weights import abstract_drafter
+from dspark_jax.fp8 import BlockScaled
+from dspark_jax.loop import Request, Weights, decode_step, init_state
+from dspark_jax.generation import plain_state
+from dspark_jax.plan.floor import STORED_FP8
+from dspark_jax.sharding import DATA, tree_shardings
+from dspark_jax.targets.families import make_target
+from dspark_jax.targets.load import FP8, kept_type, scale_shape
+from dspark_jax.targets.mesh import family
+from dspark_jax.targets.weights import entries, shape_of
+from dspark_jax.types import DecodeState, Rows, Target
+
+Block = tuple[int, int]
+TYPE = jnp.bfloat16
+
+
+class Program(NamedTuple):
+    """A jitted step and what it is called with: `weights` and `state` are its first arguments.
+
+    All arrays are shapes with shardings. `cache` is the part of the state that remembers tokens.
+    """
+
+    step: Any
+    weights: Any
+    state: Any
+    cache: Any
+    shared: Any
+    """Those of `weights` that are others' memory under a second name."""
+    rest: tuple[Any, ...]
+    tokens: int
+    """That the target sees of every sequence."""
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.weights, self.state, *self.rest)
+
+
+def decode_program(
+    target_config: TargetConfig,
+    block: Block | None,
+    draft_config: DraftConfig,
+    mesh: Mesh,
+    batch: int,
+    context: int,
+) -> Program:
+    """One speculative round of `batch` sequences with room for `context` tokens each."""
+    target, draft = make_target(target_config, mesh), dspark_draft(draft_config, mesh)
+    params = target_params(target_config, block)
+    drafter = narrow(nnx.state(abstract_drafter(draft_config), nnx.Param))
+    weights = Weights(
+        placed(mesh, jax.eval_shape(target.prepare, params), family(target_config)),
+        placed(mesh, jax.eval_shape(draft.prepare, drafter), "draft"),
+        placed(mesh, jax.eval_shape(target.frozen, params), "draft"),
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = jax.eval_shape(partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys)
+    state = state_on(mesh, state, target_config)
+    row = partial(jax.ShapeDtypeStruct, (batch,), sharding=NamedSharding(mesh, PartitionSpec(DATA)))
+    request = Request(row(jnp.int32), row(jnp.float32), row(jnp.int32))
+    step = jax.jit(partial(decode_step, target, draft), donate_argnums=1)
+    cache, width = (state.target_cache, state.draft_cache), draft_config.draft_length + 1
+    return Program(step, weights, state, cache, weights.frozen, (request,), width)
+
+
+def plain_program(
+    config: TargetConfig, block: Block | None, mesh: Mesh, batch: int, context: int
+) -> Program:
+    """One token of every sequence without a draft."""
+    target = make_target(config, mesh)
+    prepared = jax.eval_shape(target.prepare, target_params(config, block))
+    weights = placed(mesh, prepared, family(config))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = jax.eval_shape(partial(plain_state, target, capacity=context, dtype=TYPE), keys=keys)
+    state = state_on(mesh, state, config)
+    step = jax.jit(partial(plain_step, target), donate_argnums=1)
+    return Program(step, weights, state, state.target_cache, (), (), 1)
+
+
+def plain_step(target: Target, weights: Any, state: DecodeState) -> tuple[DecodeState, Any]:
+    """The most likely next token of every sequence."""
+    rows = Rows(state.anchor[:, None], state.length[:, None])
+    cache, states = target.extend(weights, state.target_cache, rows)
+    token: Int[Array, "B"] = jnp.argmax(target.logits(weights, states.final_hidden)[:, 0], axis=-1)
+    token = token.astype(jnp.int32)
+    return state._replace(anchor=token, length=state.length + 1, target_cache=cache), token
+
+
+def target_params(config: TargetConfig, block: Block | None) -> Any:
+    """Shapes of a target's parameters as they are loaded: FP8 where published files have FP8."""
+    stored = {e.path for e in entries(config) if block and STORED_FP8.search(e.name)}
+
+    def kept(path: Any, param: Any) -> Any:
+        if block is None or path not in stored:
+            return jax.ShapeDtypeStruct(param.shape, kept_type(path, TYPE))
+        scales = jax.ShapeDtypeStruct(scale_shape(param.shape, block), jnp.float32)
+        return BlockScaled(jax.ShapeDtypeStruct(param.shape, FP8), scales, block[::-1])
+
+    flat = nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param))
+    return nnx.from_flat_state([(path, param.replace(kept(path, param))) for path, param in flat])
+
+
+def narrow(tree: Any) -> Any:
+    """The same shapes in bfloat16."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, TYPE), tree)
+
+
+def placed(mesh: Mesh, tree: Any, table: Any) -> Any:
+    """Shapes with their shardings."""
+
+    def place(leaf: Any, lie: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lie)
+
+    return jax.tree.map(place, tree, tree_shardings(mesh, tree, table))
+
+
+def state_on(mesh: Mesh, state: DecodeState, config: TargetConfig) -> DecodeState:
+    """Sequences are shared out over the groups of devices, heads within each."""
+    row = NamedSharding(mesh, PartitionSpec(DATA))
+    rest = state._replace(target_cache=(), draft_cache=())
+    rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row), rest)
+    return rest._replace(
+        target_cache=placed(mesh, state.target_cache, family(config)),
+        draft_cache=placed(mesh, state.draft_cache, "draft"),
+    )

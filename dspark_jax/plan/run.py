@@ -1,0 +1,110 @@
+"""A plan from start to end: find the models, compile both steps, account them, print."""
+
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+from rich.console import Console
+
+from dspark_jax.draft_weights import parameter_table
+from dspark_jax.plan.chips import Machine, parse_machine
+from dspark_jax.plan.figures import Plan, Step, write_json
+from dspark_jax.plan.floor import Needs, draft_needs, held_bytes, step_bytes, target_needs
+from dspark_jax.plan.hlo.collectives import WeightShapes
+from dspark_jax.plan.hlo.cost import Cost, account
+from dspark_jax.plan.kernels import hlo_type, stated
+from dspark_jax.plan.memory import (
+    Memory,
+    beyond_arguments,
+    held_weights,
+    refused_bytes,
+    tree_bytes,
+)
+from dspark_jax.plan.models import find_models
+from dspark_jax.plan.program import Program, decode_program, plain_program
+from dspark_jax.plan.report import show
+from dspark_jax.plan.settings import PlanSettings, check, tensor_size
+from dspark_jax.plan.topology import devices_of
+from dspark_jax.sharding import target_mesh
+from dspark_jax.targets.weights import entries
+
+
+def run(settings: PlanSettings) -> Plan:
+    """Plan, print, and write the figures where the settings say. Raises ValueError."""
+    check(settings)
+    machine = parse_machine(settings.mesh)
+    models = find_models(settings.target, settings.draft)
+    heads = models.target.num_attention_heads
+    tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, heads)
+    mesh = target_mesh(devices_of(machine), tensor)
+    target = target_needs(
+        ((e.name, e.shape) for e in entries(models.target)), models.target, models.block
+    )
+    drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
+    sizes = (settings.batch, settings.context)
+    with Console(stderr=True).status(f"compiling two steps for {machine.name}"):
+        plain = plain_program(models.target, models.block, mesh, *sizes)
+        fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
+        plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
+        fast_step, memory = measure(
+            machine, settings, fast, (target, drafter), settings.acceptance_length
+        )
+    plan = Plan(settings, machine, models, tensor, memory, plain_step, fast_step)
+    # A pipe has no width: tables keep their names whole in it.
+    show(plan, Console(width=None if sys.stdout.isatty() else 120))
+    if settings.json is not None:
+        write_json(settings.json, plan)
+    return plan
+
+
+def measure(
+    machine: Machine,
+    settings: PlanSettings,
+    program: Program,
+    needs: tuple[Needs, ...],
+    yields: float,
+) -> tuple[Step, Memory]:
+    """Compile and account one step; what does not fit is a result, not an error."""
+    shared, held = tree_bytes(program.shared), tree_bytes(program.arguments)
+    weights, cache = tree_bytes(program.weights) - shared, tree_bytes(program.cache)
+    start, cost, temporaries = time.perf_counter(), None, None
+    try:
+        compiled, cost = compiled_and_cost(program)
+        beyond = beyond_arguments(compiled.memory_analysis(), held)
+        temporaries = beyond + held - shared - weights - cache
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        asked = refused_bytes(str(error))
+        temporaries = None if asked is None else max(0, asked - weights - cache)
+    seconds = time.perf_counter() - start
+    tokens = settings.batch * program.tokens
+    spread = sum(step_bytes(n, tokens, settings.batch, settings.context) for n in needs)
+    floor = held_bytes(held_weights(program.weights), needs[0], tokens, cache, 1.0)
+    step = Step(program.tokens, yields, cost, floor, spread / machine.devices, seconds)
+    return step, Memory(weights, cache, temporaries, machine.chip.memory_bytes)
+
+
+def compiled_and_cost(program: Program) -> tuple[Any, Cost]:
+    """Ahead of time; the default device tells kernels which chip they are for."""
+    leaf = jax.tree.leaves(program.weights)[0]
+    with jax.default_device(leaf.sharding.mesh.devices.flat[0]):
+        traced = program.step.trace(*program.arguments)
+        compiled = traced.lower().compile()
+    text = compiled.as_text()
+    assert text, "the compiler gives no text"
+    return compiled, account(text, weight_shapes(program.weights), stated(traced.jaxpr.jaxpr))
+
+
+def weight_shapes(weights: Any) -> WeightShapes:
+    """How matrices look when they are gathered whole, one layer of a stack or all."""
+    found = set()
+    for leaf in jax.tree.leaves(weights):
+        kind = hlo_type(str(leaf.dtype))
+        for dims in (leaf.shape, leaf.shape[1:]):
+            dims = tuple(size for size in dims if size != 1)
+            if len(dims) > 1:
+                found.add((kind, dims))
+    return frozenset(found)

@@ -1,0 +1,110 @@
+"""A model's share of a mesh: the collectives that its code asks for, by what they are for.
+
+A target and a draft that are spread over devices run as one program per device, on that device's
+part of the weights. `data` groups of devices hold different sequences, and the `tensor` devices of
+a group share every layer's heads and columns; the routed experts are shared by all of them. Without
+a mesh every collective is nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
+
+from dspark_jax.sharding import DATA, TENSOR
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How many devices share the work, and whether each group has sequences of its own.
+
+    A batch that the groups cannot share evenly is whole on every one of them.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    rows_split: bool = False
+
+    def sum(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """The sum of what the devices of a group have computed, each from its own columns."""
+        return jax.lax.psum(x, TENSOR) if self.tensor > 1 else x
+
+    def columns(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows N"]:
+        """The columns of all devices of a group, side by side."""
+        return jax.lax.all_gather(x, TENSOR, axis=x.ndim - 1, tiled=True) if self.tensor > 1 else x
+
+    def embed(
+        self, table: Float[Array, "V D"], tokens: Int[Array, "*rows"]
+    ) -> Float[Array, "*rows D"]:
+        """Rows of a table of which every device of a group has a part."""
+        if self.tensor == 1:
+            return table[tokens]
+        local = tokens - self.first(len(table))
+        here = (local >= 0) & (local < len(table))
+        return self.sum(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0))
+
+    def first(self, size: int) -> int | Int[Array, ""]:
+        """Where this device's `size` columns begin."""
+        return jax.lax.axis_index(TENSOR) * size if self.tensor > 1 else 0
+
+    def first_expert(self, experts: int) -> int | Int[Array, ""]:
+        """The first of the `experts` that this device holds."""
+        if self.data * self.tensor == 1:
+            return 0
+        group = jax.lax.axis_index(DATA) if self.data > 1 else 0
+        return (group * self.tensor + self.first(1)) * experts
+
+    def all_rows(self, x: Float[Array, "B *rest"]) -> Float[Array, "all *rest"]:
+        """The rows of all groups."""
+        return jax.lax.all_gather(x, DATA, axis=0, tiled=True) if self.rows_split else x
+
+    def own_rows(self, x: Shaped[Array, "all *rest"]) -> Shaped[Array, "B *rest"]:
+        """This group's part of rows that all groups have."""
+        if not self.rows_split:
+            return x
+        size = x.shape[0] // self.data
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DATA) * size, size)
+
+    def sum_experts(
+        self, routed: Float[Array, "all *rest"], shared: Float[Array, "B *rest"] | None
+    ) -> Float[Array, "B *rest"]:
+        """Own rows of what every device's experts give all rows, and of a group's own part."""
+        if self.rows_split:
+            routed = jax.lax.psum_scatter(routed, DATA, scatter_dimension=0, tiled=True)
+        elif self.data > 1:
+            # All groups have the same rows: one of them adds the shared part, one sum is enough.
+            if shared is not None:
+                routed = routed + jnp.where(jax.lax.axis_index(DATA) == 0, shared, 0)
+            return jax.lax.psum(routed, (DATA, TENSOR) if self.tensor > 1 else DATA)
+        return self.sum(routed if shared is None else routed + shared)
+
+
+ALONE = Spread()
+
+
+def over(mesh: Mesh | None, batch: int, split: bool = True) -> Spread:
+    """The spread of a batch over a mesh; `split` False keeps the batch whole on every group."""
+    if mesh is None:
+        return ALONE
+    data, tensor = mesh.shape[DATA], mesh.shape[TENSOR]
+    return Spread(data, tensor, split and data > 1 and batch % data == 0)
+
+
+def rows(spread: Spread) -> PartitionSpec:
+    """Where the sequences of arrays [B …] lie."""
+    return PartitionSpec(DATA) if spread.rows_split else PartitionSpec()
+
+
+def run(
+    mesh: Mesh | None, function: Callable[..., Any], ins: tuple[Any, ...], outs: Any, *given: Any
+) -> Any:
+    """`function(*given)`, on every device with its own part of what is given."""
+    if mesh is None:
+        return function(*given)
+    # What a collective leaves equal everywhere is for the tests to prove, not for the tracer.
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+    return mapped(*given)
