@@ -6,11 +6,11 @@ from typing import Any
 
 import tyro
 
-from dspark_jax.convert.settings import Command, Export, Import
+from dspark_jax.convert.settings import Command, Doctor, Export, Import
 
 
 def main() -> int:
-    """Exit code 0; 2 with one sentence for what the user can mend."""
+    """Exit code 0, 1 for a draft that does not fit; 2 with one sentence for what can be mended."""
     given = tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]
         prog="python -m dspark_jax.convert",
@@ -18,14 +18,16 @@ def main() -> int:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     try:
-        print(job(given)(given))
-        return 0
+        told = job(given)(given)
+        said, code = told if isinstance(told, tuple) else (told, 0)
+        print(said)
+        return code
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
-def job(given: Any) -> Callable[[Any], str]:
+def job(given: Any) -> Callable[[Any], str | tuple[str, int]]:
     """What does it; jax is imported only once the flags are right."""
     if isinstance(given, Export):
         from dspark_jax.convert.exporting import export_draft
@@ -35,6 +37,10 @@ def job(given: Any) -> Callable[[Any], str]:
         from dspark_jax.convert.importing import import_draft
 
         return import_draft
+    if isinstance(given, Doctor):
+        from dspark_jax.convert.doctor import examine
+
+        return examine
     from dspark_jax.convert.inspecting import inspect_draft
 
     return inspect_draft

@@ -60,8 +60,37 @@ class Inspect:
     """Folder or hub id (org/name[@revision])."""
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Say whether a draft really fits its target, and if not, what in its files is wrong.
+
+    Exit code 0 only when the draft works and no other reading of its files is better; 1 when one
+    is, or the draft is of no use.
+    """
+
+    draft: str
+    """Folder or hub id (org/name[@revision]) of a draft in any format, or a run's folder."""
+    target: str
+    """Folder or hub id of its target."""
+    prompts: Path | None = None
+    """A prompt a line, or a JSON object with `prompt` or `turns`; 32 built-in ones if not given."""
+    prompt_tokens: int = 256
+    """Longest prompt; of a longer one the last tokens are kept."""
+    answer_tokens: int = 64
+    """Longest answer of the target, greedy."""
+    blocks: int = 24
+    """Blocks judged of every answer."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the target runs."""
+    tensor_parallel: int = 1
+    """Devices that share the target."""
+    json: Path | None = None
+    """File for the same as an object."""
+
+
 Command = (
     Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

@@ -98,9 +98,14 @@ def _unpickle(folder: Path) -> str:
 def checked(opened: Opened, reading: Reading) -> np.ndarray:
     """The target token of every draft token, once every tensor is found to be as it should.
 
-    Raises ValueError naming every tensor that is missing, unknown, mis-shaped or of another type,
-    and when the vocabulary map is not one.
+    Raises ValueError as `check_stored`, and when the vocabulary map is not one.
     """
+    check_stored(opened, reading)
+    return vocabulary(opened, reading.said.config)
+
+
+def check_stored(opened: Opened, reading: Reading) -> None:
+    """Raise ValueError naming every tensor that is missing, unknown, mis-shaped or mistyped."""
     config, stored = reading.said.config, opened.stored
     if config.num_hidden_layers > len(stored):
         raise ValueError(
@@ -126,7 +131,6 @@ def checked(opened: Opened, reading: Reading) -> np.ndarray:
             f"{opened.folder} has tensors of another shape or type than a draft's: "
             f"{'; '.join(problems)}."
         )
-    return vocabulary(opened, config)
 
 
 def vocabulary(opened: Opened, config: DraftConfig) -> np.ndarray:

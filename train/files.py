@@ -12,12 +12,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from dspark_jax.checkpoints.folder import resolve
-from dspark_jax.checkpoints.quantisation import quantisation
-from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.config import TargetConfig
 from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.families import read_config
-from dspark_jax.targets.load import load_params
+from dspark_jax.targets.orbax import read_params
 
 
 class LoadedTarget(NamedTuple):
@@ -45,7 +43,6 @@ def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarge
             f"{config.num_hidden_layers} layers; give numbers from 0 to "
             f"{config.num_hidden_layers}, or the --target that they are meant for."
         )
-    block, stored = quantisation(described), stored_tensors(folder)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -53,7 +50,7 @@ def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarge
             f"{config.vocab_size} rows; use the tokenizer the target was trained with."
         )
     ends = end_tokens(folder, described, tokenizer)
-    params = load_params(config, stored, block, target_mesh(jax.devices()[:1], 1))
+    params = read_params(config, folder, described, target_mesh(jax.devices()[:1], 1))
     return LoadedTarget(folder, config, params, tokenizer, ends)
 
 

@@ -7,7 +7,7 @@ settings, or something that changes no number and is only kept.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from dspark_jax.config import DraftConfig
@@ -170,6 +170,21 @@ def unknown(table: Sequence[Key], described: Mapping[str, Any]) -> list[str]:
 def write(table: Sequence[Key], said: Described) -> dict[str, Any]:
     """A config.json with every key explicit."""
     return _nested({key.path: value for key in table if (value := key.write(said)) is not NOTHING})
+
+
+def altered(
+    table: Sequence[Key], described: Mapping[str, Any], said: Described, config: DraftConfig
+) -> list[tuple[str, Any, Any]]:
+    """(path, value found, value needed) of every key that other settings of the draft change."""
+    flat, after = dict(_flat(described, _containers(table))), replace(said, config=config)
+    found = []
+    for key in table:
+        old, new = key.write(said), key.write(after)
+        if key.setting is not None and key.path in flat and new is NOTHING:
+            old, new = value_of(said, key.setting), value_of(after, key.setting)
+        if old != new:
+            found.append((key.path, flat.get(key.path, NOTHING), new))
+    return found
 
 
 def restore(

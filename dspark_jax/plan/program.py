@@ -13,8 +13,8 @@ from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.draft_weights import abstract_drafter
 from dspark_jax.fp8 import BlockScaled
-from dspark_jax.loop import Request, Weights, decode_step, init_state
 from dspark_jax.generation import plain_state
+from dspark_jax.loop import Request, Weights, decode_step, init_state
 from dspark_jax.plan.floor import STORED_FP8
 from dspark_jax.sharding import DATA, tree_shardings
 from dspark_jax.targets.families import make_target
@@ -66,7 +66,9 @@ def decode_program(
         placed(mesh, jax.eval_shape(target.frozen, params), "draft"),
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    state = jax.eval_shape(partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys)
+    state = jax.eval_shape(
+        partial(init_state, target, draft, capacity=context, dtype=TYPE), keys=keys
+    )
     state = state_on(mesh, state, target_config)
     row = partial(jax.ShapeDtypeStruct, (batch,), sharding=NamedSharding(mesh, PartitionSpec(DATA)))
     request = Request(row(jnp.int32), row(jnp.float32), row(jnp.int32))
