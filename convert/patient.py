@@ -46,8 +46,7 @@ class Patient(NamedTuple):
 
     def as_configured(self) -> Reading:
         """The reading that its files ask for."""
-        usual: Vocabulary = "offsets" if "offsets" in self.maps else next(iter(self.maps))
-        return Reading(self.config, vocabulary=usual)
+        return Reading(self.config)
 
     def known(self, evidence: Evidence) -> Known:
         """What the likely mistakes depend on."""
@@ -86,20 +85,24 @@ def open_patient(name: str) -> Patient:
 def vocabulary_maps(
     stored: Mapping[str, Stored], config: DraftConfig
 ) -> Iterator[tuple[Vocabulary, np.ndarray]]:
-    """Every way to tell a draft token's target token that gives ids of the target's vocabulary."""
+    """The target token of every draft token as engines read d2t, and every other way to tell it.
+
+    To engines a draft token beyond the target's vocabulary, or without a d2t, has none: -1.
+    """
     place = np.arange(config.draft_vocab_size)
     if config.draft_vocab_size == config.vocab_size:
         yield "offsets", place
         return
-    found: dict[Vocabulary, np.ndarray] = {"first": place}
-    if "t2d" in stored:
-        found = {"t2d": whole(stored["t2d"]).astype(bool).nonzero()[0], **found}
-    if "d2t" in stored:
-        given = whole(stored["d2t"]).astype(np.int64)
-        found = {"offsets": place + given, "ids": given, **found}
-    seen: list[np.ndarray] = []
-    for name, ids in found.items():
-        inside = len(ids) == len(place) and ids.min() >= 0 and ids.max() < config.vocab_size
+    offsets = whole(stored["d2t"]).astype(np.int64) if "d2t" in stored else np.full_like(place, -1)
+    usual = place + offsets if "d2t" in stored else offsets
+    usual = np.where((usual >= 0) & (usual < config.vocab_size), usual, -1)
+    yield "offsets", usual
+    chosen = whole(stored["t2d"]).astype(bool).nonzero()[0] if "t2d" in stored else place
+    others: dict[Vocabulary, np.ndarray] = {"ids": offsets, "t2d": chosen, "first": place}
+    seen = [usual]
+    for name, ids in others.items():
+        distinct = len(np.unique(ids)) == len(place)
+        inside = distinct and ids.min() >= 0 and ids.max() < config.vocab_size
         if inside and not any(np.array_equal(ids, other) for other in seen):
             seen.append(ids)
             yield name, ids
