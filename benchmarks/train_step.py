@@ -227,7 +227,8 @@ def write_draft(
     folder: Path, verifier: Path, config: DraftConfig, rng: np.random.Generator
 ) -> None:
     """A draft checkpoint as published, with drawn weights."""
-    from dspark_jax.draft_weights import config_to_json, parameter_table
+    from dspark_jax.draft_formats.speculators import config_to_json
+    from dspark_jax.draft_weights import parameter_table
 
     def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return 1 + normal(rng, 0.1, *shape) if "norm" in name else normal(rng, 0.02, *shape)

@@ -1,1 +1,1 @@
-"""Reads and writes the published draft checkpoint formats; arrives with the first of them."""
+"""Reads, writes and explains the published draft checkpoint formats."""

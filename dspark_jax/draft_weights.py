@@ -1,12 +1,14 @@
-"""The published names of a drafter's parameters, and its config.json, read and written.
+"""The published names of a drafter's parameters, read and written.
 
 One table of rows is walked in either direction: reading fills a Drafter from named tensors,
 writing gives the tensors back. Checkpoint weights are [out, in], ours [in, out].
-Format: speculators 0.9.0 (reference: dspark.md §4.1).
+All published formats share these names (reference: dspark.md §4.1); their config.json differ, see
+`draft_formats`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,11 +23,12 @@ from dspark_jax.heads import ConfidenceHead, MarkovHead
 Path = tuple[Any, ...]
 Tensors = Mapping[str, Any]
 
-NOT_TRAINED = frozenset(
+TABLES = frozenset(
     {"embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight", "verifier_norm.weight"}
-    | {"d2t", "t2d"}
 )
-"""Tensors a checkpoint may hold that belong to the target or to the vocabulary map."""
+"""Tensors a checkpoint may hold that are its target's."""
+NOT_TRAINED = TABLES | {"d2t", "t2d"}
+"""Those, and the map between the vocabularies."""
 
 ENDINGS = {
     "kernel": ("weight", True),
@@ -48,14 +51,15 @@ class Row(NamedTuple):
     repeat: int | None
 
 
-def parameter_table(config: DraftConfig) -> list[Row]:
+@lru_cache(maxsize=8)
+def parameter_table(config: DraftConfig) -> tuple[Row, ...]:
     """Every tensor of a drafter; the names follow from the modules' attribute names."""
     drafter = abstract_drafter(config)
-    return [
+    return tuple(
         row
         for path, leaf in nnx.to_flat_state(nnx.state(drafter))
         for row in _rows(drafter, path, leaf.shape)
-    ]
+    )
 
 
 def abstract_drafter(config: DraftConfig) -> Drafter:
@@ -114,22 +118,21 @@ def warm_start(
     if "markov_head" in absent and config.needs_markov_features:
         absent = list(HEADS)  # a confidence head without the Markov features reads other inputs
         tensors = {n: t for n, t in tensors.items() if not n.startswith("confidence_head.")}
-    fresh = [row for row in table if row.path[0] in absent]
-    values = _fresh_heads(config, sorted({str(row.path[0]) for row in fresh}), rngs)
-    drawn = {row.name: values[row.path].T if row.transposed else values[row.path] for row in fresh}
+    drawn = drawn_heads(config, absent, rngs)
     completed = {**tensors, **drawn}
     check_tensors(table, completed)
     return _assemble(config, table, completed, dtype), tuple(drawn)
 
 
-def _fresh_heads(
-    config: DraftConfig, heads: Iterable[str], rngs: nnx.Rngs
-) -> dict[Path, np.ndarray]:
-    return {
+def drawn_heads(config: DraftConfig, heads: Iterable[str], rngs: nnx.Rngs) -> dict[str, np.ndarray]:
+    """Those of these heads that the draft has, drawn afresh, under their published names."""
+    fresh = [row for row in parameter_table(config) if row.path[0] in heads]
+    values = {
         (head, *path): np.asarray(leaf[...])
-        for head in heads
+        for head in sorted({str(row.path[0]) for row in fresh})
         for path, leaf in nnx.to_flat_state(nnx.state(HEADS[head](config, rngs=rngs)))
     }
+    return {row.name: values[row.path].T if row.transposed else values[row.path] for row in fresh}
 
 
 def check_tensors(table: Iterable[Row], tensors: Tensors) -> None:
@@ -161,116 +164,3 @@ def _assemble(
         value = np.stack(pieces[path]) if leaf.ndim > pieces[path][0].ndim else pieces[path][0]
         leaves.append((path, leaf.replace(jnp.asarray(value, dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
-
-
-SHARED_KEYS = (
-    "block_size",
-    "confidence_head_with_markov",
-    "draft_vocab_size",
-    "enable_confidence_head",
-    "markov_head_type",
-    "markov_rank",
-    "mask_token_id",
-    "sample_from_anchor",
-    "sliding_window_non_causal",
-    "target_hidden_size",
-)
-"""Keys of config.json that DraftConfig calls the same."""
-
-LAYER_KEYS = (
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "vocab_size",
-)
-"""The same within `transformer_layer_config`."""
-
-LAYER_CONSTANTS = {"attention_bias": False, "hidden_act": "silu", "model_type": "qwen3"}
-"""What the drafter is built for and does not vary."""
-
-
-def config_to_json(
-    config: DraftConfig, target_name: str, target_architectures: Sequence[str], dtype: str
-) -> dict[str, Any]:
-    """The speculators config.json of a draft, with every key explicit.
-
-    Readers disagree on absent keys (vLLM takes a missing sample_from_anchor for false, speculators
-    for true). `target_name` is the target's hub id; vLLM's one-argument serve refuses a path.
-    """
-    greedy = {"proposal_type": "greedy", "speculative_tokens": config.draft_length}
-    return {
-        "architectures": ["DSparkDraftModel"],
-        "aux_hidden_state_layer_ids": list(config.aux_layer_ids),
-        "dtype": dtype,
-        "speculators_config": {
-            "algorithm": "dspark",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [greedy | {"accept_tolerance": 0.0, "verifier_accept_k": 1}],
-            "verifier": {"architectures": list(target_architectures), "name_or_path": target_name},
-        },
-        "speculators_model_type": "dspark",
-        "speculators_version": "0.9.0",
-        "tie_word_embeddings": False,
-        "transformer_layer_config": _layer_config_to_json(config),
-    } | {key: getattr(config, key) for key in SHARED_KEYS}
-
-
-def _layer_config_to_json(config: DraftConfig) -> dict[str, Any]:
-    sliding = "sliding_attention" in config.layer_types
-    unused = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "layer_types": list(config.layer_types),
-        "max_window_layers": 28,  # transformers' default; layer_types overrides it
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "sliding_window": config.sliding_window if sliding else None,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "use_sliding_window": sliding,
-        **unused,
-        **LAYER_CONSTANTS,
-    } | {key: getattr(config, key) for key in LAYER_KEYS}
-
-
-def config_from_json(described: Mapping[str, Any]) -> DraftConfig:
-    """The settings in a speculators config.json; ValueError for what this drafter is not."""
-    layer = described.get("transformer_layer_config", {})
-    needed = [key for key in SHARED_KEYS if key != "target_hidden_size"]
-    absent = [key for key in (*needed, "aux_hidden_state_layer_ids") if key not in described]
-    absent += [f"transformer_layer_config.{key}" for key in LAYER_KEYS if key not in layer]
-    if absent:
-        raise ValueError(
-            f"config.json lacks {', '.join(absent)}; add what the draft was trained with."
-        )
-    fixed = {key: layer.get(key, value) for key, value in LAYER_CONSTANTS.items()}
-    if fixed != LAYER_CONSTANTS:
-        raise ValueError(f"config.json asks for {fixed}, but drafts here have {LAYER_CONSTANTS}.")
-    # A null window or no layer_types leaves DraftConfig's default: full attention.
-    optional: dict[str, Any] = {"layer_types": tuple(layer.get("layer_types") or ())}
-    if layer.get("sliding_window") is not None:
-        optional["sliding_window"] = layer["sliding_window"]
-    return DraftConfig(
-        aux_layer_ids=tuple(described["aux_hidden_state_layer_ids"]),
-        rope_theta=_rope_theta(layer),
-        **{key: described.get(key) for key in SHARED_KEYS},
-        **{key: layer[key] for key in LAYER_KEYS},
-        **optional,
-    )
-
-
-def _rope_theta(layer: Mapping[str, Any]) -> float:
-    """Of transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
-    rope = layer.get("rope_parameters") or {**layer, **(layer.get("rope_scaling") or {})}
-    kind = rope.get("rope_type", "default")
-    if kind != "default" or "rope_theta" not in rope:
-        raise ValueError(
-            f"config.json has rotary positions of type {kind!r} with theta "
-            f"{rope.get('rope_theta')}; drafts here need type 'default' and a rope_theta."
-        )
-    return float(rope["rope_theta"])

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import save_file
 
 from dspark_jax import draft_weights
 from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import draft_graphdef
-from dspark_jax.draft_weights import config_from_json, config_to_json, params_from_tensors
+from dspark_jax.draft_files import draft_folder, read_tensors, target_ids
+from dspark_jax.draft_formats.layer import LAYER_KEYS
+from dspark_jax.draft_formats.speculators import SHARED_KEYS, config_from_json, config_to_json
+from dspark_jax.draft_weights import params_from_tensors
 from dspark_jax.targets.families import architecture
 from dspark_jax.train.files import LoadedTarget, read_json, target_fingerprint
 
@@ -26,8 +29,8 @@ CHANGEABLE = (
 )
 """What a warm start may set anew; a head that no longer fits its tensors is refused by them."""
 COMPARED = (
-    *draft_weights.SHARED_KEYS,
-    *draft_weights.LAYER_KEYS,
+    *SHARED_KEYS,
+    *LAYER_KEYS,
     *("aux_hidden_state_layer_ids", "layer_types", "rope_parameters", "sliding_window"),
 )
 """Keys of config.json that say what a draft's numbers mean."""
@@ -100,8 +103,10 @@ def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np
 def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
     """Start from a draft that may lack heads; ValueError when the rest of it is another draft.
 
-    Keys that its config.json lacks are not compared: a DFlash draft knows none of the heads'.
+    `folder` is the draft's or that of a run. Keys that its config.json lacks are not compared: a
+    DFlash draft knows none of the heads'.
     """
+    folder = draft_folder(folder)
     described = read_description(folder)
     check_sizes(folder, described, config)
     ours = config_to_json(config, "", [], "bfloat16")
@@ -144,45 +149,6 @@ def check_sizes(
                 f"drafter {name} {found} does not match target {name} {needed} "
                 f"(config.json of {folder}); use the drafter trained for this target."
             )
-
-
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a draft folder, bfloat16 as float32."""
-    path = folder / "model.safetensors"
-    try:
-        return {
-            name: np.asarray(value.astype(jnp.float32) if value.dtype == jnp.bfloat16 else value)
-            for name, value in load_file(path).items()
-        }
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"draft weights {path} cannot be read: {error}.") from error
-
-
-def target_ids(folder: Path, tensors: dict[str, np.ndarray], config: DraftConfig) -> np.ndarray:
-    """The target token of every draft token: `d2t` plus its index.
-
-    Raises ValueError when a reduced vocabulary comes without it, or its ids do not ascend within
-    the target's vocabulary; decoding finds them by bisection and would accept wrongly.
-    """
-    place = np.arange(config.draft_vocab_size, dtype=np.int32)
-    if config.draft_vocab_size == config.vocab_size:
-        return place
-    if "d2t" not in tensors:
-        raise ValueError(
-            f"draft {folder} proposes {config.draft_vocab_size} of {config.vocab_size} tokens but "
-            "its model.safetensors has no d2t that says which; save it with the weights."
-        )
-    ids = tensors["d2t"].astype(np.int32) + place
-    if (
-        len(ids) != len(place)
-        or (np.diff(ids) <= 0).any()
-        or not 0 <= ids.min() <= ids.max() < (config.vocab_size)
-    ):
-        raise ValueError(
-            f"d2t of draft {folder} does not give {len(place)} ascending ids below "
-            f"{config.vocab_size}; use the file that was saved with the weights."
-        )
-    return ids
 
 
 def _layer(described: dict[str, Any]) -> dict[str, Any]:

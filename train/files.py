@@ -14,25 +14,21 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from dspark_jax.checkpoints.folder import resolve
-from dspark_jax.checkpoints.header import Stored
-from dspark_jax.checkpoints.quantisation import quantisation
-from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.config import TargetConfig
 from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.families import read_config
-from dspark_jax.targets.load import load_params
+from dspark_jax.targets.orbax import check_weights, read_params
 
 
 class TargetFiles(NamedTuple):
     """A target folder that was looked at, its weights not read; an answer stops at any of `ends`.
 
-    `stored` and `block` are those of `load_params`.
+    `described` is its config.json.
     """
 
     folder: Path
     config: TargetConfig
-    stored: Mapping[str, Stored]
-    block: tuple[int, int] | None
+    described: Mapping[str, Any]
     tokenizer: Any
     ends: tuple[int, ...]
 
@@ -45,13 +41,6 @@ class LoadedTarget(NamedTuple):
     params: Any
     tokenizer: Any
     ends: tuple[int, ...]
-
-
-def embedded(name: str) -> Path:
-    """A folder of the package's own data: `tiny-glm` or `tiny-glm-dspark`."""
-    import dspark_jax
-
-    return Path(dspark_jax.__file__).resolve().parent / "assets" / name
 
 
 def find_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> TargetFiles:
@@ -69,7 +58,7 @@ def find_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> TargetFiles
             f"{config.num_hidden_layers} layers; give numbers from 0 to "
             f"{config.num_hidden_layers}, or the --target that they are meant for."
         )
-    block, stored = quantisation(described), stored_tensors(folder)
+    check_weights(folder, described)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -77,7 +66,7 @@ def find_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> TargetFiles
             f"{config.vocab_size} rows; use the tokenizer the target was trained with."
         )
     ends = end_tokens(folder, described, tokenizer)
-    return TargetFiles(folder, config, stored, block, tokenizer, ends)
+    return TargetFiles(folder, config, described, tokenizer, ends)
 
 
 def read_target(
@@ -87,8 +76,8 @@ def read_target(
 
     `progress(done_bytes, total_bytes)` follows the reading. Raises ValueError as `load_params`.
     """
-    folder, config, stored, block, tokenizer, ends = found
-    params = load_params(config, stored, block, mesh, dtype, progress)
+    folder, config, described, tokenizer, ends = found
+    params = read_params(config, folder, described, mesh, dtype, progress)
     return LoadedTarget(folder, config, params, tokenizer, ends)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import check_mesh, init_draft_params
 from dspark_jax.targets.families import make_target
@@ -27,7 +28,6 @@ from dspark_jax.train.draft_files import WarmStart, warm_start
 from dspark_jax.train.files import (
     LoadedTarget,
     TargetFiles,
-    embedded,
     find_target,
     mask_token,
     read_target,

@@ -22,6 +22,11 @@ REFUSED = ("*/*",)
 INDEX = "model.safetensors.index.json"
 
 
+def embedded(name: str) -> Path:
+    """A folder of the package's own data: `tiny-glm` or `tiny-glm-dspark`."""
+    return Path(__file__).resolve().parents[1] / "assets" / name
+
+
 def resolve(name: str, offline: bool | None = None) -> Path:
     """The folder that holds a model: `name` itself, or hub id `org/name[@revision]`'s snapshot.
 

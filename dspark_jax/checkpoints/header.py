@@ -12,6 +12,7 @@ LENGTH_BYTES = 8
 LARGEST_HEADER_BYTES = 100_000_000
 """What the safetensors library itself accepts."""
 DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),

@@ -34,6 +34,7 @@ def load_params(
     mesh: Mesh,
     dtype: Any = jnp.float32,
     progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    as_stored: bool = False,
 ) -> Any:
     """The parameters of a target in `dtype`, spread over a mesh of data x tensor devices.
 
@@ -42,6 +43,7 @@ def load_params(
     Args:
         stored: What the checkpoint holds, from `stored_tensors`.
         block: Rows and columns [out, in] of a weight that share a scale, from `quantisation`.
+        as_stored: Whether FP8 stays even where the target is small.
 
     Raises ValueError, before any data is read, that lists every tensor which is missing, extra,
     of another shape or of an unfitting type; then when scales are not finite or a file is cut off.
@@ -65,14 +67,29 @@ def load_params(
     arrays: dict[ParamPath, Any] = stream(
         [placement(e, stored) for e in (*table, *scales)], targets, progress
     )
-    small = isinstance(config, GlmConfig) and is_compact(config, mesh)
     for path in quantised:
         assert block is not None
-        scaled = BlockScaled(arrays.pop(path), arrays.pop((*path, SCALES)), (block[1], block[0]))
-        kept_as = kept_type(path, dtype)
-        arrays[path] = _multiply_out(scaled, kept_as, places[path]) if small else scaled
-    return nnx.from_flat_state(
+        values, scales = arrays.pop(path), arrays.pop((*path, SCALES))
+        arrays[path] = BlockScaled(values, scales, (block[1], block[0]))
+    params = nnx.from_flat_state(
         [(path, param.replace(arrays[path])) for path, param in shapes.items()]
+    )
+    return params if as_stored else decoded(config, params, mesh, dtype)
+
+
+def decoded(config: TargetConfig, params: Any, mesh: Mesh, dtype: Any) -> Any:
+    """FP8 multiplied out where the target is small; else the parameters as they are."""
+    if not (isinstance(config, GlmConfig) and is_compact(config, mesh)):
+        return params
+
+    def plain(path: ParamPath, value: Any) -> Any:
+        if not isinstance(value, BlockScaled):
+            return value
+        return _multiply_out(value, kept_type(path, dtype), value.values.sharding)
+
+    flat = nnx.to_flat_state(params)
+    return nnx.from_flat_state(
+        [(path, param.replace(plain(path, param[...]))) for path, param in flat]
     )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import Qwen3Config
 from dspark_jax.targets.families import init_params
 from dspark_jax.train.__main__ import parse
-from dspark_jax.train.files import embedded
 from dspark_jax.train.presets import PRESETS, draft_config
 from dspark_jax.train.run import run
 from dspark_jax.train.tiny_glm import TINY_GLM, save_target

@@ -82,9 +82,10 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
 ) -> None:
     import jax
 
+    from dspark_jax.checkpoints.folder import embedded
     from dspark_jax.targets.families import make_target
     from dspark_jax.train.conversations import read_conversations, tokenise_all
-    from dspark_jax.train.files import embedded, load_target
+    from dspark_jax.train.files import load_target
     from dspark_jax.train.presets import PRESETS
 
     data = finished / "data/held_out.jsonl"

@@ -18,11 +18,10 @@ from flax import nnx
 from dspark_jax.anchors import eligible_anchors, make_blocks, teacher_rows
 from dspark_jax.chunked import Trained, corrected_logits
 from dspark_jax.config import DraftConfig, LossConfig
+from dspark_jax.draft_formats.speculators import config_from_json, config_to_json
 from dspark_jax.draft_layer import before_anchor, block_mask, within
 from dspark_jax.draft_weights import (
     NOT_TRAINED,
-    config_from_json,
-    config_to_json,
     parameter_table,
     params_from_tensors,
     tensors_from_params,

@@ -13,12 +13,8 @@ from flax import nnx
 
 from dspark_jax.anchors import make_blocks
 from dspark_jax.config import RECIPES, DraftConfig, LossConfig
-from dspark_jax.draft_weights import (
-    NOT_TRAINED,
-    config_from_json,
-    params_from_tensors,
-    tensors_from_params,
-)
+from dspark_jax.draft_formats.speculators import config_from_json
+from dspark_jax.draft_weights import NOT_TRAINED, params_from_tensors, tensors_from_params
 from dspark_jax.objective import dspark_loss
 from dspark_jax.train.optimizer import make_optimizer
 from dspark_jax.train.settings import OptimizerSettings

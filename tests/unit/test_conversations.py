@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.train.conversations import (
     check_trainable,
     prompt_tokens,
@@ -15,7 +16,7 @@ from dspark_jax.train.conversations import (
     write_conversations,
 )
 from dspark_jax.train.data import asked, servable
-from dspark_jax.train.files import embedded, load_tokenizer
+from dspark_jax.train.files import load_tokenizer
 from dspark_jax.train.tokenise import Conversation, Row, tokenise
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import DraftConfig, MarkovHeadType
+from dspark_jax.draft_formats.speculators import config_from_json, config_to_json
 from dspark_jax.draft_weights import (
     NOT_TRAINED,
-    config_from_json,
-    config_to_json,
     parameter_table,
     params_from_tensors,
     tensors_from_params,
