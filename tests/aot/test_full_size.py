@@ -1,12 +1,13 @@
 """Without hardware: the decode steps of a tiny and of the full-size target compile for TPUs, fit
-their memory, exchange rows and never weights, and move few more bytes than they must."""
+their memory, exchange rows and never weights, and move no more bytes than they did."""
 
 import importlib.util
 from collections import Counter
 
 import pytest
 
-from dspark_jax.plan.figures import Plan, Step
+from dspark_jax.plan.figures import Plan
+from dspark_jax.plan.hlo.cost import Cost
 from dspark_jax.plan.run import make_plan
 from dspark_jax.plan.settings import PlanSettings
 from dspark_jax.plan.topology import set_environment
@@ -24,49 +25,80 @@ TINY = PlanSettings("dspark_jax/assets/tiny-glm", "v5p:2x2x1", batch=8, context=
 FULL = PlanSettings("glm-5.2", "tpu7x:4x4x4", batch=64, context=16384)
 
 
-@pytest.fixture(scope="module")
-def full() -> Plan:
+LIMITS = {"plain": 1.6, "speculative": 2.4}
+"""Of bytes moved, in times the floor: what was measured, rounded up."""
+INSTRUCTIONS = {"plain": 20_000, "speculative": 30_000}
+"""Likewise; layers that were not scanned would take ten times as many."""
+
+
+@pytest.fixture(scope="module", params=[TINY, FULL], ids=["tiny", "full"])
+def plan(request: pytest.FixtureRequest) -> Plan:
     set_environment()
-    return make_plan(FULL)
+    return make_plan(request.param)
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Plan:
-    set_environment()
-    return make_plan(TINY)
+@pytest.fixture(params=["plain", "speculative"])
+def step(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def exchanged(step: Step) -> Counter[tuple[str, int]]:
-    """How often devices exchange what, by kind and group."""
-    assert step.cost is not None
-    found: Counter[tuple[str, int]] = Counter()
-    for one in step.cost.collectives:
-        assert not one.carries_weights, one
-        found[one.kind, one.group] += one.times
-    return found
+def cost_of(plan: Plan, step: str) -> Cost:
+    cost = getattr(plan, step).cost
+    assert cost is not None, "the compiler refused"
+    return cost
 
 
-def test_the_full_size_step_fits(full: Plan):
-    memory = full.memory
+def test_it_fits(plan: Plan):
+    memory = plan.memory
     assert memory.fits and memory.temporaries is not None
-    assert memory.weights + memory.cache < 20e9 and memory.temporaries < TEMPORARIES
+    if plan.settings is FULL:
+        assert memory.held < 17.5e9 and memory.temporaries < 1.5e9
 
 
-@pytest.mark.parametrize("name", ["plain", "speculative"])
-def test_full_size_bytes_are_few(full: Plan, name: str):
-    step: Step = getattr(full, name)
-    assert step.above_floor is not None and 1 < step.above_floor < ABOVE_FLOOR[name]
+def test_no_exchange_carries_weights(plan: Plan, step: str):
+    assert not [one for one in cost_of(plan, step).collectives if one.carries_weights]
 
 
-@pytest.mark.parametrize("name", ["plain", "speculative"])
-def test_the_full_size_program_is_small(full: Plan, name: str):
-    cost = getattr(full, name).cost
-    assert cost is not None and cost.instructions < INSTRUCTIONS[name]
+def test_every_layer_exchanges_what_it_must(plan: Plan, step: str):
+    found: Counter[tuple[str, int]] = Counter()
+    for one in cost_of(plan, step).collectives:
+        # Sums of which a device keeps its own rows are the compiler's to choose.
+        kind = "sum" if one.kind in ("all-reduce", "reduce-scatter") else one.kind
+        found[kind, one.group] += one.times
+    assert found == exchanges(plan, step == "speculative")
 
 
-def test_every_layer_exchanges_what_it_must(full: Plan):
-    assert exchanged(full.plain) == PLAIN
+def exchanges(plan: Plan, drafting: bool) -> Counter[tuple[str, int]]:
+    """How often devices exchange what: by kind, and how many take part."""
+    target, draft, needed = plan.models.target, plan.models.draft, Counter[tuple[str, int]]()
+    mixtures = sum("sparse" in kind for kind in target.layer_kinds)
+    needed["all-gather", plan.data] += mixtures  # rows of all groups, for their experts
+    needed["sum", plan.data] += mixtures  # and back
+    needed["sum", plan.tensor] += 2 * target.num_hidden_layers + 1  # attention, MLP; embedding
+    needed["all-gather", plan.tensor] += 1  # logits
+    if drafting:
+        needed["sum", plan.tensor] += 2 * draft.num_hidden_layers + 1
+        # The fused states, the logits, and the Markov head's bias at every position.
+        needed["all-gather", plan.tensor] += 2 + draft.draft_length
+        needed["sum", plan.data] += 1  # whether any sequence samples
+    return needed
 
 
-def test_drafting_exchanges_what_it_must(full: Plan):
-    assert exchanged(full.speculative) == PLAIN + DRAFT
+@pytest.fixture
+def full(plan: Plan) -> Plan:
+    if plan.settings is not FULL:
+        pytest.skip("tiny arrays are mostly padding")
+    return plan
+
+
+def test_full_size_programs_are_small_and_move_little(full: Plan, step: str):
+    assert 1 < getattr(full, step).above_floor < LIMITS[step]
+    assert cost_of(full, step).instructions < INSTRUCTIONS[step]
+
+
+def test_the_experts_of_a_device_are_read_once(full: Plan, step: str):
+    cost, floors = cost_of(full, step), getattr(full, step).floors
+    routed = [n for n, name in cost.arguments.items() if ".experts." in name]
+    needed = sum(floors[n] for n in routed)
+    # All are read, some of which a small batch is expected not to choose.
+    assert needed <= sum(map(cost.read, routed)) < 1.2 * needed
