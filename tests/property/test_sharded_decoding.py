@@ -20,7 +20,7 @@ from dspark_jax.targets.mesh import family
 from dspark_jax.types import Draft, Rows, Target
 from tests.property.test_sharded_targets import GLM, QWEN3, collectives, params_of
 
-V, LIMIT, CHUNK, CAPACITY = 16, 14, 6, 32
+V, LIMIT, CHUNK, CAPACITY = 12, 30, 6, 48
 TARGETS: dict[str, TargetConfig] = {
     "glm": replace(
         GLM,
@@ -34,7 +34,7 @@ TARGETS: dict[str, TargetConfig] = {
 }
 DRAFT = DraftConfig(
     vocab_size=V,
-    draft_vocab_size=12,
+    draft_vocab_size=8,
     hidden_size=32,
     intermediate_size=16,
     num_hidden_layers=1,
@@ -46,7 +46,7 @@ DRAFT = DraftConfig(
     block_size=4,
     markov_rank=6,
 )
-TARGET_ID = np.array([v for v in range(V) if v % 4 != 1])
+TARGET_ID = np.array([v for v in range(V) if v % 3 != 1])
 """What the draft can propose: a part of the vocabulary that every device of a group shares."""
 
 
@@ -145,7 +145,7 @@ def test_the_example_is_worth_checking() -> None:
     one = answers(CASES[0][1], None)
     assert one.survived[:, 0].sum() > 2
     assert len({tuple(row) for row in one.tokens}) == len(one.tokens)
-    assert all(len(set(row)) > 3 for row in one.tokens)
+    assert all(len(set(row)) > 2 for row in one.tokens)
 
 
 STEPS = [((4, 2), Case("glm", 8, "vanilla", True)), slow((2, 4), Case("qwen3", 8, "rnn", True))]
