@@ -59,7 +59,7 @@ def read_description(name: str, what: str) -> dict[str, Any]:
 
 
 def _described_draft(name: str, target: TargetConfig) -> DraftConfig:
-    from dspark_jax.draft_weights import config_from_json
+    from dspark_jax.draft_formats.speculators import config_from_json
 
     config = config_from_json(read_description(name, "draft"))
     for field in ("vocab_size", "hidden_size"):
