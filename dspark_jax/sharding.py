@@ -95,6 +95,8 @@ FAMILIES: Mapping[Family, Table] = MappingProxyType(
         ),
         # As trained, and as laid out for decoding (`draft_decoder.py`).
         "draft": (
+            # The gate of a Markov head is no MLP's: its rank is small and lies whole.
+            (("markov_head", "gate_proj", "kernel"), ("whole", "whole")),
             (("fc", "kernel"), ("whole", "column")),
             *GROUPED_ATTENTION,
             *SWIGLU,

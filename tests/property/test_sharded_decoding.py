@@ -44,7 +44,7 @@ DRAFT = DraftConfig(
     aux_layer_ids=(),
     mask_token_id=V - 1,
     block_size=4,
-    markov_rank=6,
+    markov_rank=8,
 )
 TARGET_ID = np.array([v for v in range(V) if v % 3 != 1])
 """What the draft can propose: a part of the vocabulary that every device of a group shares."""
