@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from dspark_jax.convert.settings import Command, Doctor, Export, Import
+from dspark_jax.convert.settings import Command, Doctor, Export, Import, Target
 
 
 def main() -> int:
@@ -41,6 +41,10 @@ def job(given: Any) -> Callable[[Any], str | tuple[str, int]]:
         from dspark_jax.convert.doctor import examine
 
         return examine
+    if isinstance(given, Target):
+        from dspark_jax.convert.target import convert_target
+
+        return convert_target
     from dspark_jax.convert.inspecting import inspect_draft
 
     return inspect_draft

@@ -88,9 +88,29 @@ class Doctor:
     """File for the same as an object."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """Write a target's weights as Orbax arrays, which load faster and onto any mesh.
+
+    Configuration, tokenizer and chat template are copied beside them: give the folder as --target.
+    """
+
+    source: str
+    """Folder or hub id (org/name[@revision]) of a GLM-5 or Qwen3 in safetensors."""
+    output: Path
+    """Folder to make; it may exist if it is empty."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights; FP8 ones stay as they are."""
+    devices: int | None = None
+    """Devices that read and write; all when not given."""
+    tensor_parallel: int = 1
+    """Of these, devices that share each layer."""
+
+
 Command = (
     Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Target, tyro.conf.subcommand("target")]
 )

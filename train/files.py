@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
+from dspark_jax.checkpoints.fingerprint import target_fingerprint as target_fingerprint
 from dspark_jax.checkpoints.folder import resolve
 from dspark_jax.config import TargetConfig
 from dspark_jax.sharding import target_mesh
@@ -132,26 +132,6 @@ def mask_token(target: TargetFiles) -> int:
     if len(tokenizer) < target.config.vocab_size:
         return len(tokenizer)
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def target_fingerprint(folder: Path) -> str:
-    """SHA-256 over a target's weights and config: what a draft was made for.
-
-    Files that have not changed are read once a process.
-    """
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    found = [(path, path.stat()) for path in paths]
-    return _sha256(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found))
-
-
-@cache
-def _sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of all files together; their sizes and times only tell changed ones apart."""
-    digest = hashlib.sha256()
-    for path, _, _ in files:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

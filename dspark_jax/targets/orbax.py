@@ -16,18 +16,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax import sharding
+from dspark_jax.checkpoints.fingerprint import RECORD
 from dspark_jax.checkpoints.quantisation import quantisation
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.config import TargetConfig
 from dspark_jax.fp8 import BlockScaled
-from dspark_jax.targets.load import SCALES, decoded, kept_type, load_params
+from dspark_jax.targets.load import SCALES, check_blocks, decoded, kept_type, load_params
 from dspark_jax.targets.mesh import family
 from dspark_jax.targets.weights import shape_of
 
 ARRAYS = "orbax"
 """Folder of the arrays, in a target's own folder."""
-RECORD = "orbax.json"
-"""Beside it, and written last: what the arrays were made of."""
 CHUNK_BYTES = 64 << 20
 """Largest piece that is read whole, so that a mesh with smaller parts reads little in vain."""
 
@@ -76,7 +75,9 @@ def save_params(folder: Path, params: Any, about: Mapping[str, Any]) -> None:
         else:
             arrays[name] = value
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+    # Weights hardly compress, and reading them would wait for the decompressor.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.PyTreeSave(arrays, save_args=options)
         checkpointer.save(folder.resolve() / ARRAYS, args=args)
     types = {name: [list(array.shape), str(array.dtype)] for name, array in arrays.items()}
@@ -92,17 +93,18 @@ def restore_params(config: TargetConfig, folder: Path, mesh: Mesh, dtype: Any = 
     record = read_record(folder)
     shapes = dict(nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param)))
     _check(folder, record, {_name(path): param.shape for path, param in shapes.items()})
-    blocks, wanted = record["blocks"], {}
+    blocks = {name: tuple(block) for name, block in record["blocks"].items()}
+    wanted = {}
     for path, param in shapes.items():
         name = _name(path)
-        if name not in blocks:
-            wanted[name] = _array(config, mesh, path, param.shape, kept_type(path, dtype))
-            continue
-        scales = tuple(record["arrays"][name + SCALES][0])
-        wanted[name] = _array(config, mesh, path, param.shape, jnp.uint8)
-        wanted[name + SCALES] = _array(config, mesh, (*path, SCALES), scales, jnp.float32)
+        kind = jnp.uint8 if name in blocks else kept_type(path, dtype)
+        wanted[name] = _array(config, mesh, path, param.shape, kind)
+        if name in blocks:
+            scales = tuple(record["arrays"][name + SCALES][0])
+            wanted[name + SCALES] = _array(config, mesh, (*path, SCALES), scales, jnp.float32)
+            _check_blocks(mesh, name, wanted, blocks[name])
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             arrays = checkpointer.restore(
                 folder.resolve() / ARRAYS,
                 args=ocp.args.PyTreeRestore(
@@ -116,7 +118,7 @@ def restore_params(config: TargetConfig, folder: Path, mesh: Mesh, dtype: Any = 
         ) from error
     for name, block in blocks.items():
         values = jax.lax.bitcast_convert_type(arrays[name], jnp.float8_e4m3fn)
-        arrays[name] = BlockScaled(values, arrays.pop(name + SCALES), tuple(block))
+        arrays[name] = BlockScaled(values, arrays.pop(name + SCALES), block)
     restored = [(path, param.replace(arrays[_name(path)])) for path, param in shapes.items()]
     return decoded(config, nnx.from_flat_state(restored), mesh, dtype)
 
@@ -141,6 +143,15 @@ def _check(folder: Path, record: Mapping[str, Any], wanted: Mapping[str, tuple[i
             f"{len(other)} arrays of {folder / ARRAYS} do not fit its config.json: "
             f"{', '.join(other[:8])}; make it again with `convert target`."
         )
+
+
+def _check_blocks(
+    mesh: Mesh, name: str, wanted: Mapping[str, jax.ShapeDtypeStruct], block: tuple[int, int]
+) -> None:
+    values, scales = wanted[name], wanted[name + SCALES]
+    kept = {(name,): (values.shape, values.dtype), (name, SCALES): (scales.shape, scales.dtype)}
+    places = {(name,): values.sharding, (name, SCALES): scales.sharding}
+    check_blocks(mesh, [(name,)], kept, places, block[::-1])  # pyright: ignore[reportArgumentType]
 
 
 def _array(

@@ -1,0 +1,76 @@
+"""`target`: a Hugging Face target as Orbax arrays, which load faster and onto any mesh."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from dspark_jax.checkpoints.fingerprint import RECORD, target_fingerprint
+from dspark_jax.checkpoints.folder import resolve
+from dspark_jax.checkpoints.quantisation import quantisation
+from dspark_jax.checkpoints.shards import stored_tensors
+from dspark_jax.convert.files import appearing, check_free
+from dspark_jax.convert.settings import Target
+from dspark_jax.convert.source import read_object
+from dspark_jax.sharding import target_mesh
+from dspark_jax.targets.families import read_config
+from dspark_jax.targets.load import load_params
+from dspark_jax.targets.mesh import check_mesh
+from dspark_jax.targets.orbax import ARRAYS, is_saved, save_params
+
+BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+"""What is copied beside the arrays: configuration, tokenizer, chat template."""
+NOT_BESIDE = ("model.safetensors.index.json", RECORD)
+
+
+def convert_target(given: Target) -> str:
+    """Write the arrays and copy what lies beside the weights; returns what to say.
+
+    Raises ValueError when the source is no target or the devices cannot share it, OSError when the
+    output cannot be written.
+    """
+    check_free(given.output)
+    source = resolve(given.source)
+    if is_saved(source):
+        raise ValueError(f"{source} holds Orbax arrays already; copy the folder as it is.")
+    described = read_object(source / "config.json")
+    config, block, stored = read_config(described), quantisation(described), stored_tensors(source)
+    devices = jax.devices()[: given.devices]
+    mesh = target_mesh(devices, given.tensor_parallel)
+    check_mesh(config, mesh)
+    needed, free = sum(tensor.nbytes for tensor in stored.values()), free_bytes(given.output)
+    if needed > free:
+        raise OSError(f"{given.output} needs {needed:,} bytes but its disk has {free:,} free.")
+    with Console(stderr=True).status("reading the target") as status:
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            status.update(f"reading the target, {done_bytes / total_bytes:.0%}")
+
+        params = load_params(config, stored, block, mesh, given.dtype, progress, as_stored=True)
+        status.update("writing the arrays")
+        about = {"source": given.source, "source_sha256": target_fingerprint(source)}
+        with appearing(given.output) as folder:
+            copy_beside(source, folder)
+            save_params(folder, params, about)
+    size = sum(p.stat().st_size for p in (given.output / ARRAYS).rglob("*") if p.is_file())
+    return (
+        f"converted {given.source} to {given.output}: {size:,} bytes, {given.dtype}"
+        f"{', FP8 as it is stored' if block else ''}.\nto train on it: python -m dspark_jax.train "
+        f"--target {given.output}"
+    )
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copy the small files of a target; of the hub's cache the files that its links point at."""
+    found: set[Path] = {path for pattern in BESIDE for path in source.glob(pattern)}
+    for path in sorted(found):
+        if path.is_file() and path.name not in NOT_BESIDE:
+            shutil.copyfile(path, folder / path.name)
+
+
+def free_bytes(output: Path) -> int:
+    """What the disk has left where a folder is to be made."""
+    existing: Any = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free

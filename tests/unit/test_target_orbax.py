@@ -1,0 +1,139 @@
+"""A target as Orbax arrays: the bits of its safetensors, on any mesh, recognised by its folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.checkpoints.fingerprint import RECORD, target_fingerprint
+from dspark_jax.checkpoints.folder import embedded
+from dspark_jax.checkpoints.quantisation import quantisation
+from dspark_jax.checkpoints.shards import stored_tensors
+from dspark_jax.convert.__main__ import main
+from dspark_jax.fp8 import BlockScaled
+from dspark_jax.sharding import target_mesh
+from dspark_jax.targets.families import read_config
+from dspark_jax.targets.load import load_params
+from dspark_jax.targets.orbax import ARRAYS, read_params, save_params
+from dspark_jax.train.files import load_target
+
+TARGETS = Path(__file__).parents[1] / "golden" / "targets"
+
+
+@pytest.fixture(params=["glm_small", "glm_small_fp8", "qwen3_moe_many", "qwen3_tied"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A target's folder with its weights under the usual name."""
+    folder, (weights,) = tmp_path / "source", (TARGETS / request.param).glob("*.safetensors")
+    folder.mkdir()
+    shutil.copy(TARGETS / request.param / "config.json", folder)
+    shutil.copy(weights, folder / "model.safetensors")
+    return folder
+
+
+def mesh_of(data: int, tensor: int) -> Any:
+    return target_mesh(jax.devices()[: data * tensor], tensor)
+
+
+def read(folder: Path, data: int, tensor: int, dtype: Any = jnp.float32) -> Any:
+    """What a folder's parameters are on a mesh, whichever way it holds them."""
+    described = json.loads((folder / "config.json").read_text())
+    return read_params(read_config(described), folder, described, mesh_of(data, tensor), dtype)
+
+
+def saved(source: Path, folder: Path, data: int, tensor: int) -> Path:
+    """A folder of Orbax arrays, written by this mesh."""
+    described = json.loads((source / "config.json").read_text())
+    config, block = read_config(described), quantisation(described)
+    mesh, stored = mesh_of(data, tensor), stored_tensors(source)
+    params = load_params(config, stored, block, mesh, jnp.float32, as_stored=True)
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    save_params(folder, params, {"source_sha256": target_fingerprint(source)})
+    return folder
+
+
+def bits(params: Any) -> dict[Any, Any]:
+    """Every array's bytes, type and shape."""
+    found = {}
+    for path, param in nnx.to_flat_state(params):
+        value = param[...]
+        scaled = isinstance(value, BlockScaled)
+        parts = (value.values, value.scales) if scaled else (value,)
+        found[path] = [(np.asarray(x).tobytes(), x.dtype, x.shape) for x in parts]
+        found[path] += [value.block] if scaled else []
+    return found
+
+
+def test_arrays_are_the_bits_of_the_safetensors_on_another_mesh(source: Path, tmp_path: Path):
+    folder = saved(source, tmp_path / "saved", 6, 1)  # six experts
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert bits(read(folder, 1, 1, dtype)) == bits(read(source, 1, 1, dtype))
+    spread = read(folder, 3, 1)
+    assert bits(spread) == bits(read(source, 3, 1))
+    for path, param in nnx.to_flat_state(spread):
+        assert "experts" not in path or not jax.tree.leaves(param[...])[0].is_fully_replicated
+    assert target_fingerprint(folder) == target_fingerprint(source)
+
+
+def test_a_mesh_that_cuts_blocks_is_refused(tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(TARGETS / "glm_small_fp8", source)
+    folder = saved(source, tmp_path / "saved", 1, 1)
+    told = []
+    for place in (source, folder):
+        with pytest.raises(ValueError, match="cuts blocks of") as error:
+            read(place, 1, 8)
+        told.append(str(error.value)[:60])
+    assert told[0] == told[1]
+
+
+def test_arrays_of_another_config_are_refused(tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(TARGETS / "qwen3_tied", source)
+    folder = saved(source, tmp_path / "saved", 1, 1)
+    described = json.loads((folder / "config.json").read_text())
+    changed = {**described, "vocab_size": described["vocab_size"] + 8}
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="embed_tokens; make it again with `convert target`"):
+        read(folder, 1, 1)
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / RECORD).write_text("{}")
+    with pytest.raises(ValueError, match="broken"):
+        read(folder, 1, 1)
+
+
+def test_arrays_that_are_not_whole_are_refused(tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(TARGETS / "qwen3_tied", source)
+    folder = saved(source, tmp_path / "saved", 1, 1)
+    for file in (folder / ARRAYS).rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="make it again"):
+        read(folder, 1, 1)
+
+
+def test_the_command_makes_a_folder_that_training_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    source, output = embedded("tiny-glm"), tmp_path / "target"
+    arguments = ["convert", "target", "--source", str(source), "--output", str(output)]
+    arguments += ["--devices", "8", "--tensor-parallel", "4"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert main() == 0
+    assert f"--target {output}" in capsys.readouterr().out
+    assert not list(output.glob("*.safetensors")) and (output / "chat_template.jinja").is_file()
+    ours, theirs = load_target(output, (1, 2)), load_target(source, (1, 2))
+    assert bits(ours.params) == bits(theirs.params) and ours.ends == theirs.ends
+    assert bits(read(output, 8, 1)) == bits(theirs.params) == bits(read(output, 1, 4))
+    assert target_fingerprint(output) == target_fingerprint(source)
+    monkeypatch.setattr("sys.argv", arguments)
+    assert main() == 2 and "is not empty" in capsys.readouterr().err
+    again = [*arguments[:3], str(output), "--output", str(tmp_path / "again")]
+    monkeypatch.setattr("sys.argv", again)
+    assert main() == 2 and "Orbax arrays already" in capsys.readouterr().err
