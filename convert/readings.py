@@ -90,6 +90,7 @@ def untold(start: Reading, known: Known) -> Iterator[str]:
             f"window of {', '.join(map(str, tried))}: the longest context judged has "
             f"{known.longest_context} tokens; give longer --prompts or --answer-tokens"
         )
+    yield "windows of other sizes: only those are tried that drafts usually have"
 
 
 def _without(start: Reading, part: str) -> Change:

@@ -182,8 +182,9 @@ def altered(
         old, new = key.write(said), key.write(after)
         if key.setting is not None and key.path in flat and new is NOTHING:
             old, new = value_of(said, key.setting), value_of(after, key.setting)
-        if old != new:
-            found.append((key.path, flat.get(key.path, NOTHING), new))
+        written_value = flat.get(key.path, NOTHING)
+        if old != new and written_value != new:
+            found.append((key.path, written_value, new))
     return found
 
 

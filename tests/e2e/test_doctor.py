@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from dspark_jax.drafter import score_blocks
 from dspark_jax.layers import rms_norm
 from dspark_jax.types import Batch
 
+ROOT = Path(__file__).resolve().parents[2]
 DRAFT, TARGET = embedded("tiny-glm-dspark"), embedded("tiny-glm")
 LAYER = "transformer_layer_config"
 Tensors = dict[str, Any]
@@ -251,3 +254,20 @@ def test_two_mistakes_are_named_one_upon_the_other(broken: Callable[..., Path]):
 
 def test_a_wrong_mask_token_is_named(broken: Callable[..., Path]):
     assert "mask_token_id to 4" in named(broken(mask_token_id=300), "mask token")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_window_that_config_json_lost_is_named(tmp_path: Path):
+    """A draft trained with a window of 8, of which only the size is still written."""
+    flags = ["--layer-types", "sliding_attention", "--sliding-window", "8", "--num-layers", "1"]
+    flags += ["--steps", "160", "--conversations", "384", "--serve-prompts", "1"]
+    command = [sys.executable, "-m", "dspark_jax.train", "--output", str(tmp_path / "run"), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "draft"
+    assert examined(folder)[1]["fits"]
+    described = json.loads((folder / "config.json").read_text())
+    described[LAYER] |= {"layer_types": ["full_attention"], "use_sliding_window": False}
+    (folder / "config.json").write_text(json.dumps(described))
+    assert "layer_types to ['sliding_attention']" in named(folder, "window")
