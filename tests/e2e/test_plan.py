@@ -58,10 +58,10 @@ def test_a_tiny_target_is_planned_for_a_tpu(tmp_path: Path):
     flags = ("--mesh", "v5p:2x2x1", "--batch", "8", "--context", "1024")
     shown, figures = planned(tmp_path, *flags, "--acceptance-length", "2")
     check_figures(figures)
-    assert (figures["devices"], figures["data_parallel"], figures["tensor_parallel"]) == (4, 1, 4)
-    rows = 8 * 1024 * 2
+    assert (figures["devices"], figures["data_parallel"], figures["tensor_parallel"]) == (4, 2, 2)
+    rows = 4 * 1024 * 2
     target = rows * (4 * (96 + 16) + 2 * 32)
-    draft = rows * 2 * 2 * 96 * 4
+    draft = rows * 2 * 96 * 4
     assert figures["bytes_per_device"]["cache"] == target + draft
     assert "It fits" in shown and "tokens/s, at most" in shown and "verify/" in shown
 
