@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jax
+
 from dspark_jax.train.config_file import differences, write_config
 from dspark_jax.train.hosts import from_first, together
 from dspark_jax.train.settings import Command, TrainSettings
@@ -55,6 +57,9 @@ def lock(output: Path, held: ExitStack) -> str:
         raise ValueError(
             f"another process is training in {output}; wait for it or give another --output."
         ) from None
+    if jax.process_count() == 1:
+        file.seek(0)
+        return file.read()  # nobody else looks: a refused run leaves the folder as it was
     mark = secrets.token_hex(8)
     file.truncate(0)
     file.write(mark)
