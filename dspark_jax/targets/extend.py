@@ -87,9 +87,9 @@ def extend(config: GlmConfig, decoder: Decoder, cache: Any, rows: Rows) -> tuple
         return leave(carry, x, selected, slot), memory
 
     groups = plan_groups(config.layer_kinds, config.unroll_layers)
-    slots = layer_slots(groups, config.aux_layer_ids, config.num_hidden_layers)
+    slots = layer_slots(groups, config)
     given = [tuple(zip(s, c, strict=True)) for s, c in zip(slots, cache, strict=True)]
-    carry = enter(decoder.embed[rows.tokens], visible, config.aux_layer_ids)
+    carry = enter(decoder.embed[rows.tokens], visible, config)
     carry, outputs = run_weights(groups, decoder.layers, carry, given, step)
     return tuple(outputs), states(carry)
 

@@ -101,8 +101,9 @@ class Glm(nnx.Module):
             carry, choices, _ = layer(carry, slot, *given)
             return carry, choices
 
-        carry = self._enter(tokens, visible, spread)
-        carry, choices = run_layers(self.groups, self.layers, carry, self._slots(), step)
+        carry = enter(spread.embed(self.embed_tokens[...], tokens), visible, self.config)
+        slots = layer_slots(self.groups, self.config)
+        carry, choices = run_layers(self.groups, self.layers, carry, slots, step)
         return states(carry), choices
 
     def extend(
@@ -127,8 +128,9 @@ class Glm(nnx.Module):
             assert isinstance(cached, Cached)
             return carry, cached.arrays
 
-        carry = self._enter(rows.tokens, visible, spread)
-        carry, cache = run_cached(self.groups, self.layers, carry, self._slots(), cache, step)
+        carry = enter(spread.embed(self.embed_tokens[...], rows.tokens), visible, self.config)
+        slots = layer_slots(self.groups, self.config)
+        carry, cache = run_cached(self.groups, self.layers, carry, slots, cache, step)
         return cache, states(carry)
 
     def unembed(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
@@ -138,16 +140,6 @@ class Glm(nnx.Module):
     @property
     def head(self) -> Float[Array, "D V"]:
         return self.lm_head.kernel[...]
-
-    def _enter(
-        self, tokens: Int[Array, "B T"], visible: Bool[Array, "B T C"], spread: Spread
-    ) -> Carry:
-        x = spread.embed(self.embed_tokens[...], tokens)
-        return enter(x, visible, self.config.aux_layer_ids)
-
-    def _slots(self) -> list[tuple[Any, ...]]:
-        c = self.config
-        return layer_slots(self.groups, c.aux_layer_ids, c.num_hidden_layers)
 
     def _angles(self, position: Int[Array, "B T"]) -> Float[Array, "B T half"]:
         return rope_angles(position, self.config.qk_rope_head_dim, self.config.rope_theta)

@@ -98,18 +98,6 @@ def kept_type(path: ParamPath, dtype: Any) -> Any:
     return jnp.float32 if path[-1] == "e_score_correction_bias" else dtype
 
 
-def in_type(params: Any, dtype: Any) -> Any:
-    """Loaded parameters in another type, but for what is always float32 or FP8."""
-
-    def cast(path: ParamPath, value: Any) -> Any:
-        return value if isinstance(value, BlockScaled) else value.astype(kept_type(path, dtype))
-
-    flat = nnx.to_flat_state(params)
-    return nnx.from_flat_state(
-        [(path, param.replace(cast(path, param[...]))) for path, param in flat]
-    )
-
-
 def blocks(shape: Iterable[int], block: Iterable[int]) -> tuple[int, ...]:
     """How many blocks cover a matrix; the last of an axis may be ragged."""
     return tuple(-(-n // b) for n, b in zip(shape, block, strict=True))

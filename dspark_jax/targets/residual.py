@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from dspark_jax.config import TargetConfig
 from dspark_jax.stack import Group
 from dspark_jax.targets.moe import Routing
 from dspark_jax.types import TargetStates
@@ -32,8 +33,9 @@ class Choices(NamedTuple):
     attention: Float[Array, "B T C"] | None
 
 
-def enter(x: Float[Array, "B T D"], visible: Bool[Array, "B T C"], ids: Sequence[int]) -> Carry:
+def enter(x: Float[Array, "B T D"], visible: Bool[Array, "B T C"], config: TargetConfig) -> Carry:
     """The embeddings, before the first layer; id 0 captures them."""
+    ids = config.aux_layer_ids
     carry = Carry(x, visible, jnp.zeros((len(ids), *x.shape), x.dtype))
     return leave(carry, x, visible, aux_slots(ids, 0)[0])
 
@@ -56,11 +58,9 @@ def aux_slots(ids: Sequence[int], num_layers: int) -> list[int]:
     return [ids.index(j) if j in ids else len(ids) for j in range(num_layers + 1)]
 
 
-def layer_slots(
-    groups: Sequence[Group], ids: Sequence[int], num_layers: int
-) -> list[tuple[Any, ...]]:
+def layer_slots(groups: Sequence[Group], config: TargetConfig) -> list[tuple[Any, ...]]:
     """The slot of every layer's output, arranged like the layers: after layer i it has id i + 1."""
-    slots = aux_slots(ids, num_layers)
+    slots = aux_slots(config.aux_layer_ids, config.num_hidden_layers)
 
     def of(group: Group, member: int) -> Any:
         if group.repeats == 1:
