@@ -53,11 +53,11 @@ def dspark_draft(config: DraftConfig, mesh: Mesh | None = None) -> Draft:
         empty = partial(draft_decoder.init_draft_cache, config, batch, capacity, dtype)
         return zeros(jax.eval_shape(empty), mesh, "draft")
 
-    def extend_context(prepared: Any, cache: Any, aux_hidden: Any, position: Any) -> Any:
-        spread = over(mesh, len(position))
-        ins = (specs(prepared), specs(cache), rows(spread), rows(spread))
+    def extend_context(prepared: Any, cache: Any, aux_hidden: Any, *given: Any) -> Any:
+        spread = over(mesh, len(aux_hidden))
+        ins = (specs(prepared), specs(cache), rows(spread), *(rows(spread),) * len(given))
         part = partial(draft_decoder.extend_context, config, spread=spread)
-        return run(mesh, part, ins, specs(cache), prepared, cache, aux_hidden, position)
+        return run(mesh, part, ins, specs(cache), prepared, cache, aux_hidden, *given)
 
     def draft_block(prepared: Any, frozen: Any, cache: Any, *given: Any) -> Any:
         spread = over(mesh, len(given[0]))

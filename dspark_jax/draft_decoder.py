@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dspark_jax.cache import Cached
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft_layer import DecoderLayer, block_mask
 from dspark_jax.drafter import Drafter, base_logits, block_positions
@@ -21,7 +22,7 @@ from dspark_jax.layers import matmul, product, rms_norm, rope_angles, rotate_hal
 from dspark_jax.sampling import choose, sampling_noise
 from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import members
-from dspark_jax.types import DraftCache, Frozen, Proposal
+from dspark_jax.types import DraftCache, Frozen, Proposal, Rows
 
 
 class LayerWeights(NamedTuple):
@@ -100,6 +101,7 @@ def extend_context(
     cache: DraftCache,
     aux_hidden: Float[Array, "B S AD"],
     position: Int[Array, "B S"],
+    pages: Int[Array, "B P"] | None = None,
     spread: Spread = ALONE,
 ) -> DraftCache:
     """Write the keys and values of fused target states at `position`; those >= C are padding.
@@ -110,17 +112,13 @@ def extend_context(
     context = matmul(rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps), decoder.context)
     parts = context.reshape(*position.shape, config.num_hidden_layers, 2, -1, config.head_dim)
     angle = rope_angles(position, config.head_dim, config.rope_theta)
-    sequence = jnp.arange(position.shape[0])[:, None]
-
-    def write(old: Float[Array, "B Hk C d"], rows: Float[Array, "B S Hk d"]) -> Any:
-        return old.at[sequence, :, position].set(rows.astype(old.dtype), mode="drop")
-
+    rows = Rows(position, position, pages)
     keys, values = [], []
     for i, layer in enumerate(decoder.layers):
         key = rms_norm(parts[:, :, i, 0], layer.key_norm, config.rms_norm_eps)
-        keys.append(write(cache.k[i], rotate_half(key, angle)))
-        values.append(write(cache.v[i], parts[:, :, i, 1]))
-    return DraftCache(tuple(keys), tuple(values))
+        keys.append(rotate_half(key, angle))
+        values.append(parts[:, :, i, 1])
+    return Cached(cache, rows).write_heads(DraftCache(tuple(keys), tuple(values))).arrays
 
 
 def run_block(
@@ -130,6 +128,7 @@ def run_block(
     cache: DraftCache,
     length: Int[Array, "B"],
     anchor: Int[Array, "B"],
+    pages: Int[Array, "B P"] | None = None,
     spread: Spread = ALONE,
 ) -> tuple[Float[Array, "B K D"], Float[Array, "B G Vd"]]:
     """One block per sequence at positions `length`...: (hidden, base logits of predicting slots).
@@ -140,10 +139,13 @@ def run_block(
     masks = jnp.full((anchor.shape[0], K - 1), config.mask_token_id, anchor.dtype)
     tokens = jnp.concatenate([anchor[:, None], masks], axis=1)
     angle = rope_angles(block_positions(length, K), config.head_dim, config.rope_theta)
-    row = jnp.arange(cache.k[0].shape[2])
+    context = Cached(cache, Rows(tokens, tokens, pages)).read_heads()
+    row = jnp.arange(context.k[0].shape[2])
     seen = row < length[:, None]
     x = spread.embed(frozen.embed, tokens).astype(decoder.fc.dtype)
-    described = zip(decoder.layers, cache.k, cache.v, config.windows, config.causal, strict=True)
+    described = zip(
+        decoder.layers, context.k, context.v, config.windows, config.causal, strict=True
+    )
     for layer, keys, values, window, causal in described:
         near = seen if window is None else seen & (row >= length[:, None] - window)
         normed = rms_norm(x, layer.norm, eps)
@@ -198,6 +200,7 @@ def draft_block(
     anchor: Int[Array, "B"],
     keys: Key[Array, "B"],
     temperature: Float[Array, "B"],
+    pages: Int[Array, "B P"] | None = None,
     spread: Spread = ALONE,
 ) -> Proposal:
     """Draft G tokens per sequence: one parallel pass, then position by position (paper §3.1).
@@ -206,7 +209,7 @@ def draft_block(
     the same key can be passed each time, other rows never matter, and no noise is used twice. The
     verifier must draw from other keys. `logits` are corrected, before temperature.
     """
-    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor, spread)
+    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor, pages, spread)
     noise = jax.lax.cond(
         jnp.any(temperature > 0),
         lambda: sampling_noise(keys, length, logits.shape[1:]),

@@ -30,11 +30,31 @@ class TargetStates(NamedTuple):
     final_hidden: Float[Array, "B T D"]
 
 
+class Places(NamedTuple):
+    """Where flat rows belong: row t is number `offset[t]` of the rows of sequence `sequence[t]`.
+
+    A row of sequence N or more belongs nowhere. `position` is that of every place, at least C
+    where no row stands.
+    """
+
+    sequence: Int[Array, "R"]
+    offset: Int[Array, "R"]
+    position: Int[Array, "N S"]
+
+
 class Rows(NamedTuple):
-    """Tokens to run through a target with a cache; a row with `position` >= C is padding."""
+    """Tokens to run through a target with a cache; a row with `position` >= C is padding.
+
+    A cache of pages has arrays [pages, size …] for [B, C …]: `pages` lists those of every sequence
+    in order, 0 where there is none, and C is P * size. Page 0 is nobody's: it is read as zeros and
+    never written. With `places` rows are flat, [R 1], and attend side by side with those of their
+    sequence, of which `pages` has N.
+    """
 
     tokens: Int[Array, "B S"]
     position: Int[Array, "B S"]
+    pages: Int[Array, "N P"] | None = None
+    places: Places | None = None
 
 
 class Frozen(NamedTuple):
@@ -129,8 +149,9 @@ class Draft(NamedTuple):
 
     `prepare(params) -> prepared`: the weights laid out for decoding, made once.
     `init_cache(batch, capacity, dtype) -> cache`.
-    `extend_context(prepared, cache, aux_hidden, position) -> cache`.
-    `draft_block(prepared, frozen, cache, length, anchor, keys, temperature) -> Proposal`.
+    `extend_context(prepared, cache, aux_hidden, position, pages=None) -> cache`.
+    `draft_block(prepared, frozen, cache, length, anchor, keys, temperature, pages=None) ->
+    Proposal`. `pages` [B P] is as in `Rows`.
     """
 
     draft_length: int

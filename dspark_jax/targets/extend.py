@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from dspark_jax.cache import Cached, capacity, places
 from dspark_jax.config import GlmConfig
 from dspark_jax.layers import (
     exact_matmul,
@@ -19,7 +20,6 @@ from dspark_jax.layers import (
     rotate_half,
 )
 from dspark_jax.stack import plan_groups, run_weights
-from dspark_jax.targets.cache import write_rows
 from dspark_jax.targets.decoder import Decoder, LayerWeights, MlpWeights
 from dspark_jax.targets.indexer import INDEX_NORM_EPS, index_scores, select_top
 from dspark_jax.targets.moe import route
@@ -68,23 +68,24 @@ def extend(config: GlmConfig, decoder: Decoder, cache: Any, rows: Rows) -> tuple
 
     Rows already written at or past a position are overwritten, never rolled back.
     """
-    capacity = jax.tree.leaves(cache)[0].shape[-2]
-    visible = jnp.arange(capacity) <= rows.position[:, :, None]
+    context = capacity(rows, jax.tree.leaves(cache)[0].shape[-2])
+    visible = jnp.arange(context) <= places(rows)[:, :, None]
     angle = rope_angles(rows.position, config.qk_rope_head_dim, config.rope_theta)
 
     def step(weights: LayerWeights, carry: Carry, given: Any) -> tuple[Carry, RowCache]:
         slot, cached = given
         normed = rms_norm(carry.x, weights.norm, config.rms_norm_eps)
         projected = project(config, weights, normed, angle)
-        memory = write_rows(cached, projected.memory, rows.position)
-        selected = carry.selected
-        indexing = projected.indexing
+        cached = Cached(cached, rows).write(projected.memory)
+        memory, selected = cached.read(), carry.selected
+        indexing = cached.blocks(projected.indexing)
         if indexing is not None and memory.index_key is not None:
             scores = index_scores(indexing.query, memory.index_key, indexing.weight)
             selected = select_top(scores, visible, config.index_topk)
-        x = carry.x + attend(config, weights, projected.query, memory.key, selected)
+        mixed = attend(config, weights, cached.blocks(projected.query), memory.key, selected)
+        x = carry.x + matmul(cached.flat(mixed), weights.out)
         x = x + feed_forward(config, weights.mlp, x)
-        return leave(carry, x, selected, slot), memory
+        return leave(carry, x, selected, slot), cached.arrays
 
     groups = plan_groups(config.layer_kinds, config.unroll_layers)
     slots = layer_slots(groups, config)
@@ -143,15 +144,15 @@ def attend(
     query: Float[Array, "B S H n"],
     memory: Float[Array, "B C n"],
     selected: Bool[Array, "B S C"],
-) -> Float[Array, "B S D"]:
-    """Attention in the latent space: every head reads the same memory."""
+) -> Float[Array, "B S m"]:
+    """Attention in the latent space, where every head reads the same memory; heads side by side."""
     scores = product("bshn,bcn->bshc", query, memory) * config.qk_head_dim**-0.5
     probs = masked_softmax(scores, selected[:, :, None]).astype(memory.dtype)
     mixed = product("bshc,bcn->bshn", probs, memory)[..., : config.kv_lora_rank]
     mixed = mixed.astype(memory.dtype)
     if weights.value is not None:
         mixed = _by_head(mixed, weights.value)
-    return matmul(mixed.reshape(*mixed.shape[:2], -1), weights.out)
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 def feed_forward(

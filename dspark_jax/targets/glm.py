@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax.cache import Cached, capacity, places
 from dspark_jax.config import GlmConfig
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
 from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import Group, build_layers, plan_groups, run_cached, run_layers
-from dspark_jax.targets.cache import Cached
-from dspark_jax.targets.indexer import select_top
+from dspark_jax.targets.indexer import index_scores, select_top
 from dspark_jax.targets.mla import LayerCache, Mla
 from dspark_jax.targets.moe import Moe, Routing
 from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
@@ -53,7 +53,7 @@ class GlmLayer(nnx.Module):
         carry: Carry,
         slot: Any,
         angle: Float[Array, "B T half"],
-        visible: Bool[Array, "B T C"],
+        visible: Bool[Array, "N S C"],
         remember: Callable[[LayerCache], Memory],
         attend: Attend,
         spread: Spread,
@@ -113,15 +113,15 @@ class Glm(nnx.Module):
 
         Rows already written at or past a position are overwritten, never rolled back.
         """
-        capacity = cache[0][0].latent.shape[-2]
-        visible = jnp.arange(capacity) <= rows.position[:, :, None]
+        context = capacity(rows, cache[0][0].latent.shape[-2])
+        visible = jnp.arange(context) <= places(rows)[:, :, None]
         angle = self._angles(rows.position)
 
         def step(
             layer: GlmLayer, carry: Carry, slot: Any, cache: LayerCache, repeat: Any
         ) -> tuple[Carry, LayerCache]:
             def remember(new: LayerCache) -> Cached:
-                return Cached(cache, repeat).write(new, rows.position)
+                return Cached(cache, rows, repeat).write(new)
 
             given = (angle, visible, remember, Mla.attend_absorbed, spread)
             carry, _, cached = layer(carry, slot, *given)
@@ -168,17 +168,19 @@ def _select(
     query_latent: Float[Array, "B T q"],
     memory: Memory,
     angle: Float[Array, "B T half"],
-    visible: Bool[Array, "B T C"],
+    visible: Bool[Array, "N S C"],
     carry: Carry,
-) -> tuple[Float[Array, "B T C"] | None, Bool[Array, "B T C"]]:
+) -> tuple[Float[Array, "N S C"] | None, Bool[Array, "N S C"]]:
     """The keys every row attends to: chosen here, or the last choice where the layer shares it."""
     indexer = layer.self_attn.indexer
     index_key = (memory.read() if isinstance(memory, Cached) else memory).index_key
     if indexer is None or index_key is None:
         return None, carry.selected
     # The choice carries no gradient: the indexer learns from its own loss on these scores.
-    scores = indexer.scores(
-        jax.lax.stop_gradient(normed), jax.lax.stop_gradient(query_latent), index_key, angle
+    asked = indexer.queries(
+        jax.lax.stop_gradient(normed), jax.lax.stop_gradient(query_latent), angle
     )
+    query, weight = memory.blocks(asked) if isinstance(memory, Cached) else asked
+    scores = index_scores(query, index_key, weight)
     top = select_top(jax.lax.stop_gradient(scores), visible, layer.self_attn.config.index_topk)
     return scores, top

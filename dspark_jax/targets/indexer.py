@@ -32,18 +32,16 @@ class Indexer(nnx.Module):
         """Index keys, after norm and rotation, as they are cached."""
         return self._rotate(self.k_norm(self.wk(x))[..., None, :], angle)[..., 0, :]
 
-    def scores(
+    def queries(
         self,
         x: Float[Array, "B T D"],
         query_latent: Float[Array, "B T q"],
-        keys: Float[Array, "B C n"],
         angle: Float[Array, "B T half"],
-    ) -> Float[Array, "B T C"]:
-        """Index scores of every key for every row, in float32."""
+    ) -> tuple[Float[Array, "B T h n"], Float[Array, "B T h"]]:
+        """What every row asks of the keys, and the weight of each head's answer."""
         b, t, _ = x.shape
         query = self.wq_b(query_latent).reshape(b, t, self.heads, self.dim)
-        query = self._rotate(query, angle)
-        return index_scores(query, keys, exact_matmul(x, self.weights_proj.kernel[...]))
+        return self._rotate(query, angle), exact_matmul(x, self.weights_proj.kernel[...])
 
     def _rotate(
         self, x: Float[Array, "B T h n"], angle: Float[Array, "B T half"]

@@ -8,10 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dspark_jax.block_attention import attend_tiled
+from dspark_jax.cache import Cached
 from dspark_jax.config import GlmConfig
 from dspark_jax.fp8 import BlockScaled, dequantise
 from dspark_jax.layers import Linear, RMSNorm, masked_softmax, product, rotate_interleaved
-from dspark_jax.targets.cache import Cached
 from dspark_jax.targets.indexer import Indexer
 
 TILE = 16384
@@ -95,8 +95,8 @@ class Mla(nnx.Module):
         return self.o_proj(out.reshape(*out.shape[:2], -1)), probs
 
     def attend_absorbed(
-        self, query: Query, memory: Cached, visible: Bool[Array, "B S C"]
-    ) -> tuple[Float[Array, "B S D"], None]:
+        self, query: Query, memory: Cached, visible: Bool[Array, "N S C"]
+    ) -> tuple[Float[Array, "B T D"], None]:
         """Attention in the latent space, where all heads read the same memory: fewest bytes.
 
         The expansion of keys is applied to the queries, that of values to what they mix.
@@ -110,7 +110,8 @@ class Mla(nnx.Module):
         # Heads go first: XLA's CPU multiplies no bfloat16 with them in the middle.
         heads = jnp.moveaxis(query.nope, 2, 0)
         latent = jnp.moveaxis(product("hbsn,hrn->hbsr", heads, to_latent), 0, 2).astype(dtype)
-        mixed = mix_latents(latent, query.rope, memory, visible, c.qk_head_dim**-0.5)
+        latent, rope = memory.blocks((latent, query.rope))
+        mixed = memory.flat(mix_latents(latent, rope, memory, visible, c.qk_head_dim**-0.5))
         out = product("hbsr,hrv->hbsv", jnp.moveaxis(mixed.astype(dtype), 2, 0), to_value)
         out = jnp.moveaxis(out, 0, 2).astype(dtype)
         return self.o_proj(out.reshape(*out.shape[:2], -1)), None
@@ -132,7 +133,7 @@ def mix_latents(
     tile = tile if capacity % tile == 0 else capacity
     lead = latent.shape[:3]
 
-    def add(i: Any, carry: Any) -> Any:
+    def add(i: int, carry: Any) -> Any:
         total, largest, summed = carry
         part = memory.read_rows(i * tile, tile)
         seen = jax.lax.dynamic_slice_in_dim(visible, i * tile, tile, 2)[:, :, None]

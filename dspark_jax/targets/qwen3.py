@@ -6,24 +6,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dspark_jax.attention import Attention, attend_rows
+from dspark_jax.cache import Cached, capacity, places
 from dspark_jax.config import Qwen3Config
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
 from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import Group, build_layers, plan_groups, run_cached, run_layers
-from dspark_jax.targets.cache import Cached
 from dspark_jax.targets.moe import Routing, SparseMlp
 from dspark_jax.targets.residual import Carry, Choices, enter, layer_slots, leave, states
 from dspark_jax.types import Rows, TargetStates
 
 
 class KeyValue(NamedTuple):
-    """What one layer remembers of a token."""
+    """What one layer remembers of a token; as made by new rows, [B T Hk d]."""
 
     key: Float[Array, "B Hk C d"]
     value: Float[Array, "B Hk C d"]
+
+
+Attend = Callable[[Float[Array, "B T H d"], KeyValue], tuple[Float[Array, "B T n"], Any]]
+"""Of queries and of new keys and values [B T Hk d]: what the rows see, and what is kept."""
 
 
 class Qwen3Layer(nnx.Module):
@@ -46,19 +50,14 @@ class Qwen3Layer(nnx.Module):
         carry: Carry,
         slot: Any,
         angle: Float[Array, "B T half"],
-        visible: Bool[Array, "B T C"],
-        remember: Callable[[KeyValue], tuple[KeyValue, Any]],
+        attend: Attend,
         spread: Spread,
     ) -> tuple[Carry, Routing | None, Any]:
-        """The carry after this layer; `remember(new)` is what rows attend to and what is kept.
-
-        New keys and values are [B T Hk d], remembered ones [B Hk C d].
-        """
+        """The carry after this layer, its experts' choice, and what `attend` keeps."""
         with jax.named_scope("attention"):
             normed = self.input_layernorm(carry.x)
-            memory, kept = remember(KeyValue(*self.self_attn.keys_values(normed, angle)))
-            query = self.self_attn.queries(normed, angle)
-            attended = attend_rows(query, *memory, visible)
+            new = KeyValue(*self.self_attn.keys_values(normed, angle))
+            attended, kept = attend(self.self_attn.queries(normed, angle), new)
             x = carry.x + spread.sum(self.self_attn.o_proj(attended))
         update, routing = self.feed_forward(x, spread)
         return leave(carry, x + update, carry.selected, slot), routing, kept
@@ -98,11 +97,12 @@ class Qwen3(nnx.Module):
         visible = (segment[:, :, None] == segment[:, None, :]) & (order[:, None] >= order)
         angle = self._angles(position)
 
-        def remember(new: KeyValue) -> tuple[KeyValue, None]:
-            return KeyValue(*(jnp.moveaxis(x, 2, 1) for x in new)), None
+        def attend(query: Any, new: KeyValue) -> tuple[Any, None]:
+            key, value = (jnp.moveaxis(x, 2, 1) for x in new)
+            return attend_rows(query, key, value, visible), None
 
         def step(layer: Qwen3Layer, carry: Carry, slot: Any) -> tuple[Carry, Choices]:
-            carry, routing, _ = layer(carry, slot, angle, visible, remember, spread)
+            carry, routing, _ = layer(carry, slot, angle, attend, spread)
             return carry, Choices(routing, None, None, None)
 
         carry = enter(spread.embed(self.embed_tokens[...], tokens), visible, self.config)
@@ -114,18 +114,20 @@ class Qwen3(nnx.Module):
         self, cache: Any, rows: Rows, spread: Spread = ALONE
     ) -> tuple[tuple[tuple[KeyValue, ...], ...], TargetStates]:
         """Rows after their caches: each is written at its position, then sees all up to itself."""
-        capacity = cache[0][0].key.shape[-2]
-        visible = jnp.arange(capacity) <= rows.position[:, :, None]
+        context = capacity(rows, cache[0][0].key.shape[-2])
+        visible = jnp.arange(context) <= places(rows)[:, :, None]
         angle = self._angles(rows.position)
 
         def step(
             layer: Qwen3Layer, carry: Carry, slot: Any, cache: KeyValue, repeat: Any
         ) -> tuple[Carry, KeyValue]:
-            def remember(new: KeyValue) -> tuple[KeyValue, KeyValue]:
-                cached = Cached(cache, repeat).write_heads(new, rows.position)
-                return cached.read(), cached.arrays
+            def attend(query: Any, new: KeyValue) -> tuple[Any, KeyValue]:
+                cached = Cached(cache, rows, repeat).write_heads(new)
+                key, value = cached.read_heads()
+                attended = attend_rows(cached.blocks(query), key, value, visible)
+                return cached.flat(attended), cached.arrays
 
-            carry, _, kept = layer(carry, slot, angle, visible, remember, spread)
+            carry, _, kept = layer(carry, slot, angle, attend, spread)
             return carry, kept
 
         carry = enter(spread.embed(self.embed_tokens[...], rows.tokens), visible, self.config)

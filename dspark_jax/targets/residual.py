@@ -17,7 +17,7 @@ class Carry(NamedTuple):
     """What one layer hands to the next: stream, last choice of keys, captured states."""
 
     x: Float[Array, "B T D"]
-    selected: Bool[Array, "B T C"]
+    selected: Bool[Array, "N S C"]
     aux: Float[Array, "A B T D"]
 
 
@@ -33,7 +33,7 @@ class Choices(NamedTuple):
     attention: Float[Array, "B T C"] | None
 
 
-def enter(x: Float[Array, "B T D"], visible: Bool[Array, "B T C"], config: TargetConfig) -> Carry:
+def enter(x: Float[Array, "B T D"], visible: Bool[Array, "N S C"], config: TargetConfig) -> Carry:
     """The embeddings, before the first layer; id 0 captures them."""
     ids = config.aux_layer_ids
     carry = Carry(x, visible, jnp.zeros((len(ids), *x.shape), x.dtype))

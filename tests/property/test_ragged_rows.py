@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.cache import to_blocks
 from dspark_jax.config import TargetConfig
 from dspark_jax.targets.families import make_target
-from dspark_jax.types import Rows, TargetStates
+from dspark_jax.types import Places, Rows, TargetStates
 from tests.property.test_sharded_targets import GLM, QWEN3, QWEN3_MOE, params_of
 
-B, T, S, CAPACITY = 5, 13, 6, 16
+B, T, S, CAPACITY, PAGE = 5, 13, 6, 16, 4
 KINDS = ("full", "shared", "full")
 SHORT_GLM = replace(GLM, num_hidden_layers=3, indexer_types=KINDS, first_k_dense_replace=1)
 TARGETS: dict[str, TargetConfig] = {
@@ -40,7 +41,7 @@ class Functions(NamedTuple):
     """What forward gives for the sequences, and the compiled cache."""
 
     whole: TargetStates
-    start: Callable[[], Any]
+    start: Callable[..., Any]
     extend: Callable[..., Any]
 
 
@@ -57,7 +58,7 @@ def functions(name: str) -> Functions:
     extend = jax.jit(target.extend)
     return Functions(
         jax.tree.map(np.asarray, whole),
-        lambda: target.init_cache(B, CAPACITY),
+        target.init_cache,
         lambda cache, rows: extend(prepared, cache, rows),
     )
 
@@ -93,13 +94,46 @@ def chunks(rng: np.random.Generator) -> Iterator[Chunk]:
         yield chunk
 
 
+def in_pages(rows: Rows) -> Rows:
+    """The same rows in a cache of pages that sequences own in no order."""
+    count = CAPACITY // PAGE
+    owned = np.random.default_rng(7).permutation(np.arange(1, 1 + B * count))
+    return rows._replace(pages=jnp.asarray(owned.reshape(B, count)))
+
+
+def flat(rows: Rows) -> Rows:
+    """The same rows one under another, some that belong nowhere among them."""
+    order = np.random.default_rng(8).permutation(B * S + 3)
+    sequence, offset = np.where(order < B * S, order // S, B), order % S
+    inside = np.minimum(sequence, B - 1)
+    tokens, position = (np.asarray(x)[inside, offset] for x in (rows.tokens, rows.position))
+    position = np.where(sequence < B, position, CAPACITY)
+    places = Places(jnp.asarray(sequence), jnp.asarray(offset), rows.position)
+    return Rows(jnp.asarray(tokens)[:, None], jnp.asarray(position)[:, None], rows.pages, places)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", TARGETS)
 def test_ragged_rows_give_what_forward_gives(name: str, seed: int) -> None:
+    check(name, seed, lambda rows: rows, (B, CAPACITY))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", TARGETS)
+def test_pages_hold_what_one_piece_holds(name: str, seed: int) -> None:
+    pages = 1 + B * CAPACITY // PAGE
+    check(name, seed, in_pages, (pages, PAGE))
+    check(name, seed, lambda rows: flat(in_pages(rows)), (pages, PAGE))
+
+
+def check(name: str, seed: int, lay: Callable[[Rows], Rows], sizes: tuple[int, int]) -> None:
+    """Chunk after chunk, every real row's states are those of the whole sequence."""
     whole, start, extend = functions(name)
-    cache, seen = start(), np.zeros((B, T), bool)
+    cache, seen = start(*sizes), np.zeros((B, T), bool)
     for chunk in chunks(np.random.default_rng(seed)):
-        cache, states = extend(cache, Rows(jnp.asarray(chunk.tokens), jnp.asarray(chunk.position)))
+        rows = lay(Rows(jnp.asarray(chunk.tokens), jnp.asarray(chunk.position)))
+        cache, states = extend(cache, rows)
+        states = jax.tree.map(lambda x, rows=rows: np.asarray(to_blocks(rows, x)), states)
         b, slot = np.nonzero(chunk.real)
         position = chunk.position[b, slot]
         seen[b, position] = True

@@ -102,7 +102,8 @@ def test_scores_follow_the_formula(row: int):
     indexer.k_norm.bias[...] = jnp.linspace(-1.0, 1.0, CONFIG.index_head_dim)
     x, latent = (jax.random.normal(jax.random.key(i), (1, 6, n)) for i, n in ((8, 10), (9, 7)))
     angle = rope_angles(jnp.arange(6)[None], CONFIG.qk_rope_head_dim, CONFIG.rope_theta)
-    ours = indexer.scores(x, latent, indexer.keys(x, angle), angle)[0, row]
+    query, weight = indexer.queries(x, latent, angle)
+    ours = index_scores(query, indexer.keys(x, angle), weight)[0, row]
 
     heads, dim = CONFIG.index_n_heads, CONFIG.index_head_dim
     query = np.asarray(latent[0, row] @ indexer.wq_b.kernel[...]).reshape(heads, dim)

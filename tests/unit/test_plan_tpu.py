@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dspark_jax.cache import Cached
 from dspark_jax.plan.chips import parse_machine
 from dspark_jax.plan.hlo.cost import Cost, account
 from dspark_jax.plan.kernels import stated
 from dspark_jax.plan.topology import devices_of, set_environment
-from dspark_jax.targets.cache import write_rows
+from dspark_jax.types import Rows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -72,7 +73,7 @@ def test_a_cache_is_written_in_place(mesh: Mesh):
     B, C, n = 8, 2048, 512
     cost = cost_of(
         mesh,
-        write_rows,
+        lambda old, new, at: Cached(old, Rows(at, at)).write(new).arrays,
         ((B, C, n), P(), jnp.bfloat16),
         ((B, 8, n), P(), jnp.bfloat16),
         ((B, 8), P(), jnp.int32),

@@ -1,0 +1,241 @@
+"""A server's decode round: sequences in slots, caches in pages, as many verified rows as chosen.
+
+As `loop.decode_step`, with what a server needs beside it: every round serves any of the slots, the
+drafts to verify are chosen by confidence within a budget, and requests differ in how they draw.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from dspark_jax.acceptance import accept
+from dspark_jax.cache import to_blocks
+from dspark_jax.loop import DRAFT_SALT, VERIFY_SALT, Weights
+from dspark_jax.sampling import salted
+from dspark_jax.schedule import pack, verify_lengths
+from dspark_jax.truncation import Edits, Truncation, edit, truncate
+from dspark_jax.types import Draft, Places, Proposal, Rows, Target, Verdict
+
+MOST_LOGPROBS = 20
+"""As many of the likeliest tokens can be reported beside an emitted one."""
+
+BEYOND = 1 << 30
+"""A position past every cache: nothing is written there."""
+
+
+class SlotState(NamedTuple):
+    """What stays on the device between rounds: every slot's last token and length, all pages."""
+
+    anchor: Int[Array, "slots"]
+    length: Int[Array, "slots"]
+    target_cache: Any
+    draft_cache: Any
+
+
+class Control(NamedTuple):
+    """What the host says of a round's N sequences; all data, so nothing compiles anew.
+
+    A `slot` beyond the last is nobody. A `fresh` sequence begins with `anchor` after `length` rows
+    that its pages hold. `cap` bounds the drafts verified. `draft_temperature` 0 drafts greedily.
+    """
+
+    slot: Int[Array, "N"]
+    fresh: Bool[Array, "N"]
+    anchor: Int[Array, "N"]
+    length: Int[Array, "N"]
+    pages: Int[Array, "N P"]
+    cap: Int[Array, "N"]
+    key: UInt32[Array, "N 2"]
+    temperature: Float[Array, "N"]
+    draft_temperature: Float[Array, "N"]
+    truncation: Truncation
+
+
+class Logprobs(NamedTuple):
+    """Of every emitted token: log-probability under the raw logits, rank from 1, likeliest ones."""
+
+    logprob: Float[Array, "N S"]
+    rank: Int[Array, "N S"]
+    top_token: Int[Array, "N S top"]
+    top_logprob: Float[Array, "N S top"]
+
+
+class Result(NamedTuple):
+    """A round's tokens: `accepted` drafts of `verified`, then the bonus; nothing else is real.
+
+    `confidence` is of every slot, verified or not. `finite` is False where the target's logits were
+    not numbers: the tokens mean nothing then.
+    """
+
+    tokens: Int[Array, "N S"]
+    accepted: Int[Array, "N"]
+    verified: Int[Array, "N"]
+    confidence: Float[Array, "N G"]
+    finite: Bool[Array, "N"]
+    logprobs: Logprobs | None
+
+
+def init_slots(
+    target: Target, draft: Draft, slots: int, pages: int, size: int, dtype: Any
+) -> SlotState:
+    """Empty slots, and `pages` pages of `size` rows (page 0 is nobody's, see `types.Rows`)."""
+    none = jnp.zeros(slots, jnp.int32)
+    caches = (x.init_cache(pages, size, dtype) for x in (target, draft))
+    return SlotState(none, none, *caches)
+
+
+def prefill_pages(
+    target: Target, draft: Draft, weights: Weights, state: SlotState, rows: Rows
+) -> SlotState:
+    """Run prompt rows [1 C] of one sequence through both caches; nothing is sampled."""
+    cache, states = target.extend(weights.target, state.target_cache, rows)
+    given = (states.aux_hidden, rows.position, rows.pages)
+    draft_cache = draft.extend_context(weights.draft, state.draft_cache, *given)
+    return state._replace(target_cache=cache, draft_cache=draft_cache)
+
+
+def serve_round(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    control: Control,
+    edits: Edits | None,
+    budget: int,
+) -> tuple[SlotState, Result]:
+    """One round of N sequences with `budget` verified rows, anchors included.
+
+    With `edits`, which hold for the first row of a sequence (their `cap` must be 0), the tokens'
+    log-probabilities are reported too.
+    """
+    anchor, length = _enter(state, control)
+    active = control.slot < len(state.anchor)
+    keys = jax.random.wrap_key_data(control.key)
+    keys = jax.vmap(jax.random.fold_in)(keys, length)
+    with jax.named_scope("draft"):
+        proposal = draft.draft_block(
+            weights.draft,
+            weights.frozen,
+            state.draft_cache,
+            length,
+            anchor,
+            salted(keys, DRAFT_SALT),
+            control.draft_temperature,
+            control.pages,
+        )
+    with jax.named_scope("schedule"):
+        cap = jnp.where(active, jnp.clip(control.cap, 0, draft.draft_length), 0)
+        allowed = jnp.maximum(budget - jnp.sum(active), 0)
+        verify_length = verify_lengths(proposal.confidence, cap, allowed)
+        places, position = pack(
+            active, length, verify_length, (budget, draft.draft_length + 1), BEYOND
+        )
+        rows = Rows(_tokens(anchor, proposal, places), position, control.pages, places)
+    with jax.named_scope("verify"):
+        target_cache, states = target.extend(weights.target, state.target_cache, rows)
+        logits = to_blocks(rows, target.logits(weights.target, states.final_hidden))
+        finite = jnp.all(jnp.isfinite(logits), axis=(1, 2))
+        logits = jnp.where(finite[:, None, None], logits, 0.0)
+    with jax.named_scope("accept"):
+        drawn = logits if edits is None else logits.at[:, 0].set(edit(logits[:, 0], edits))
+        drawn = truncate(drawn, control.temperature, control.truncation)
+        verdict = accept(
+            drawn_proposal(proposal, control, weights.frozen.target_id),
+            drawn,
+            weights.frozen.target_id,
+            verify_length,
+            control.temperature,
+            salted(keys, VERIFY_SALT),
+        )
+    with jax.named_scope("commit"):
+        position, pages = _kept(rows, verdict, control.pages)
+        given = (states.aux_hidden, position, pages)
+        draft_cache = draft.extend_context(weights.draft, state.draft_cache, *given)
+        state = SlotState(
+            state.anchor.at[control.slot].set(verdict.bonus, mode="drop"),
+            state.length.at[control.slot].set(length + verdict.accepted + 1, mode="drop"),
+            target_cache,
+            draft_cache,
+        )
+    slot = jnp.arange(proposal.tokens.shape[1] + 1)
+    drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+    tokens = jnp.where(slot == verdict.accepted[:, None], verdict.bonus[:, None], drafts)
+    told = None if edits is None else _logprobs(logits, tokens)
+    result = (tokens, verdict.accepted, verify_length, proposal.confidence, finite, told)
+    return state, Result(*result)
+
+
+def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "Vd"]) -> Proposal:
+    """The proposal with the distribution its tokens were drawn from.
+
+    A block drafted greedily for a request that samples was drawn from one token alone, and is kept
+    with the target's probability of it.
+    """
+    certain = (control.temperature > 0) & (control.draft_temperature == 0)
+
+    def one_hot() -> Float[Array, "N G Vd"]:
+        chosen = target_id == proposal.tokens[..., None]
+        return jnp.where(certain[:, None, None], jnp.where(chosen, 0.0, -jnp.inf), proposal.logits)
+
+    logits = jax.lax.cond(jnp.any(certain), one_hot, lambda: proposal.logits)
+    return proposal._replace(logits=logits)
+
+
+def page_axes(init_cache: Any) -> Any:
+    """Along which axis the pages of a cache's arrays lie: 1 where layers are stacked, else 0."""
+    few, more = (jax.eval_shape(lambda n=n: init_cache(n, 1)) for n in (2, 3))
+
+    def differing(x: Any, y: Any) -> int:
+        return next(i for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b)
+
+    return jax.tree.map(differing, few, more)
+
+
+def scrub(target: Target, draft: Draft, state: SlotState, pages: Int[Array, "P"]) -> SlotState:
+    """Zeros in some pages: what is not a number must not stay where another sequence will read.
+
+    Masked rows weigh nothing, but nothing times what is not a number is not a number.
+    """
+
+    def zero(x: Array, axis: int) -> Array:
+        return x.at[(slice(None),) * axis + (pages,)].set(0, mode="drop")
+
+    return state._replace(
+        target_cache=jax.tree.map(zero, state.target_cache, page_axes(target.init_cache)),
+        draft_cache=jax.tree.map(zero, state.draft_cache, page_axes(draft.init_cache)),
+    )
+
+
+def _enter(state: SlotState, control: Control) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """(anchor, length) of the round's sequences: what their slots hold, or their beginning."""
+    held = jnp.minimum(control.slot, len(state.anchor) - 1)
+    anchor = jnp.where(control.fresh, control.anchor, state.anchor[held])
+    length = jnp.where(control.fresh, control.length, state.length[held])
+    return anchor, length
+
+
+def _tokens(anchor: Int[Array, "N"], proposal: Proposal, places: Places) -> Int[Array, "R 1"]:
+    """The token of every flat row; that of a row without a sequence is anyone's."""
+    tokens = jnp.concatenate([anchor[:, None], proposal.tokens], axis=1)
+    sequence = jnp.minimum(places.sequence, len(anchor) - 1)
+    return tokens[sequence, jnp.minimum(places.offset, tokens.shape[1] - 1)][:, None]
+
+
+def _kept(
+    rows: Rows, verdict: Verdict, pages: Int[Array, "N P"]
+) -> tuple[Int[Array, "R 1"], Int[Array, "R P"]]:
+    """Positions of the anchors and accepted drafts, out of range elsewhere; every row's pages."""
+    assert rows.places is not None
+    sequence = jnp.minimum(rows.places.sequence, len(pages) - 1)
+    kept = rows.places.offset <= verdict.accepted[sequence]
+    return jnp.where(kept[:, None], rows.position, BEYOND), pages[sequence]
+
+
+def _logprobs(logits: Float[Array, "N S V"], tokens: Int[Array, "N S"]) -> Logprobs:
+    known = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(known, tokens[..., None], axis=-1)
+    rank = 1 + jnp.sum(known > chosen, axis=-1, dtype=jnp.int32)
+    top, token = jax.lax.top_k(known, min(MOST_LOGPROBS, known.shape[-1]))
+    return Logprobs(chosen[..., 0], rank, token, top)
