@@ -1,16 +1,20 @@
-"""Where a draft's files are, and its parameters and vocabulary read from them in pieces."""
+"""Drafts in folders: where their files are, and what is in them, read for a target they fit."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dspark_jax.checkpoints.header import Stored
 from dspark_jax.checkpoints.read import read
 from dspark_jax.checkpoints.shards import stored_tensors
-from dspark_jax.config import DraftConfig
-from dspark_jax.draft_weights import TABLES
+from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.draft_formats.speculators import config_from_json
+from dspark_jax.draft_weights import TABLES, params_from_tensors
+from dspark_jax.target_folder import read_json
 
 
 def draft_folder(run: Path) -> Path:
@@ -72,3 +76,51 @@ def _misplaced(ids: np.ndarray, config: DraftConfig) -> str | None:
     if (counts > 1).any():
         return f"maps two draft tokens to token {values[(counts > 1).argmax()]}"
     return "is not in ascending order" if (np.diff(ids) <= 0).any() else None
+
+
+def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np.ndarray]:
+    """(config, params, target_id) of a draft folder; ValueError when it does not fit the target."""
+    described = read_description(folder)
+    check_sizes(folder, described, target)
+    config = config_from_json(described)
+    if max(config.aux_layer_ids) > target.num_hidden_layers:
+        raise ValueError(
+            f"drafter aux layers {list(config.aux_layer_ids)} exceed the target's "
+            f"{target.num_hidden_layers} layers (config.json of {folder}); "
+            "use the drafter trained for this target."
+        )
+    tensors = read_tensors(folder)
+    params = nnx.state(params_from_tensors(config, tensors), nnx.Param)
+    return config, params, target_ids(folder, tensors, config)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """config.json of a draft; ValueError when the folder is something else."""
+    if not folder.is_dir():
+        raise ValueError(f"draft {folder} is no folder; give OUTPUT/draft of a run.")
+    described = read_json(folder / "config.json", "draft")
+    if "speculators_model_type" not in described:
+        raise ValueError(
+            f"config.json of {folder} describes no draft (it has no speculators_model_type); give "
+            "OUTPUT/draft of a run."
+        )
+    return described
+
+
+def check_sizes(
+    folder: Path, described: dict[str, Any], target: TargetConfig | DraftConfig
+) -> None:
+    """Raise ValueError when a draft was not made for a target of this shape."""
+    layer = layer_of(described)
+    for name in ("hidden_size", "vocab_size"):
+        found, needed = layer.get(name), getattr(target, name)
+        if found is not None and found != needed:
+            raise ValueError(
+                f"drafter {name} {found} does not match target {name} {needed} "
+                f"(config.json of {folder}); use the drafter trained for this target."
+            )
+
+
+def layer_of(described: dict[str, Any]) -> dict[str, Any]:
+    """The part of config.json that describes a layer."""
+    return described.get("transformer_layer_config") or {}

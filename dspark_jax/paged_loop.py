@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dspark_jax.acceptance import accept
 from dspark_jax.cache import to_blocks
+from dspark_jax.generation import sample
 from dspark_jax.loop import DRAFT_SALT, VERIFY_SALT, Weights
 from dspark_jax.sampling import salted
 from dspark_jax.schedule import pack, verify_lengths
@@ -135,12 +136,10 @@ def serve_round(
         rows = Rows(_tokens(anchor, proposal, places), position, control.pages, places)
     with jax.named_scope("verify"):
         target_cache, states = target.extend(weights.target, state.target_cache, rows)
-        logits = to_blocks(rows, target.logits(weights.target, states.final_hidden))
-        finite = jnp.all(jnp.isfinite(logits), axis=(1, 2))
-        logits = jnp.where(finite[:, None, None], logits, 0.0)
+        logits = target.logits(weights.target, states.final_hidden)
+        logits, finite = _numbers(to_blocks(rows, logits))
     with jax.named_scope("accept"):
-        drawn = logits if edits is None else logits.at[:, 0].set(edit(logits[:, 0], edits))
-        drawn = truncate(drawn, control.temperature, control.truncation)
+        drawn = _drawn(logits, control, edits)
         verdict = accept(
             drawn_proposal(proposal, control, weights.frozen.target_id),
             drawn,
@@ -165,6 +164,38 @@ def serve_round(
     told = None if edits is None else _logprobs(logits, tokens)
     result = (tokens, verdict.accepted, verify_length, proposal.confidence, finite, told)
     return state, Result(*result)
+
+
+def plain_round(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    control: Control,
+    edits: Edits | None,
+) -> tuple[SlotState, Result]:
+    """A round that drafts nothing: one token of every sequence, whose draft still hears of it."""
+    anchor, length = _enter(state, control)
+    active = control.slot < len(state.anchor)
+    keys = jax.random.wrap_key_data(control.key)
+    with jax.named_scope("verify"):
+        position = jnp.where(active, length, BEYOND)[:, None]
+        rows = Rows(anchor[:, None], position, control.pages)
+        target_cache, states = target.extend(weights.target, state.target_cache, rows)
+        logits, finite = _numbers(target.logits(weights.target, states.final_hidden))
+    drawn = _drawn(logits, control, edits)
+    token = sample(drawn[:, 0], control.temperature, keys, length)
+    given = (states.aux_hidden, position, control.pages)
+    draft_cache = draft.extend_context(weights.draft, state.draft_cache, *given)
+    state = SlotState(
+        state.anchor.at[control.slot].set(token, mode="drop"),
+        state.length.at[control.slot].set(length + 1, mode="drop"),
+        target_cache,
+        draft_cache,
+    )
+    none, tokens = jnp.zeros_like(token), token[:, None]
+    told = None if edits is None else _logprobs(logits, tokens)
+    return state, Result(tokens, none, none, jnp.zeros((len(token), 0)), finite, told)
 
 
 def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "Vd"]) -> Proposal:
@@ -231,6 +262,23 @@ def _kept(
     sequence = jnp.minimum(rows.places.sequence, len(pages) - 1)
     kept = rows.places.offset <= verdict.accepted[sequence]
     return jnp.where(kept[:, None], rows.position, BEYOND), pages[sequence]
+
+
+def _numbers(
+    logits: Float[Array, "N S V"],
+) -> tuple[Float[Array, "N S V"], Bool[Array, "N"]]:
+    """The logits, zeros for a sequence that has others than numbers, and which have none."""
+    finite = jnp.all(jnp.isfinite(logits), axis=(1, 2))
+    return jnp.where(finite[:, None, None], logits, 0.0), finite
+
+
+def _drawn(
+    logits: Float[Array, "N S V"], control: Control, edits: Edits | None
+) -> Float[Array, "N S V"]:
+    """The logits that tokens are drawn from."""
+    if edits is not None:
+        logits = logits.at[:, 0].set(edit(logits[:, 0], edits))
+    return truncate(logits, control.temperature, control.truncation)
 
 
 def _logprobs(logits: Float[Array, "N S V"], tokens: Int[Array, "N S"]) -> Logprobs:

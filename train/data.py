@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dspark_jax.target_folder import LoadedTarget
 from dspark_jax.train.conversations import (
     Example,
     Row,
@@ -14,7 +15,6 @@ from dspark_jax.train.conversations import (
     prompt_tokens,
     tokenise_all,
 )
-from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.regenerate import regenerate
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.train.tokenise import Conversation

@@ -11,14 +11,20 @@ from safetensors import SafetensorError
 from safetensors.flax import save_file
 
 from dspark_jax import draft_weights
-from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.config import DraftConfig
 from dspark_jax.draft import draft_graphdef
-from dspark_jax.draft_files import draft_folder, read_tensors, target_ids
+from dspark_jax.draft_files import (
+    check_sizes,
+    draft_folder,
+    layer_of,
+    read_description,
+    read_tensors,
+    target_ids,
+)
 from dspark_jax.draft_formats.layer import LAYER_KEYS
-from dspark_jax.draft_formats.speculators import SHARED_KEYS, config_from_json, config_to_json
-from dspark_jax.draft_weights import params_from_tensors
+from dspark_jax.draft_formats.speculators import SHARED_KEYS, config_to_json
+from dspark_jax.target_folder import LoadedTarget, target_fingerprint
 from dspark_jax.targets.families import architecture
-from dspark_jax.train.files import LoadedTarget, read_json, target_fingerprint
 
 CHANGEABLE = (
     "confidence_head_with_markov",
@@ -84,22 +90,6 @@ def write_files(folder: Path, described: dict[str, Any], tensors: dict[str, Any]
         raise OSError(f"draft {folder} cannot be written: {error}") from error
 
 
-def load_draft(folder: Path, target: TargetConfig) -> tuple[DraftConfig, Any, np.ndarray]:
-    """(config, params, target_id) of a draft folder; ValueError when it does not fit the target."""
-    described = read_description(folder)
-    check_sizes(folder, described, target)
-    config = config_from_json(described)
-    if max(config.aux_layer_ids) > target.num_hidden_layers:
-        raise ValueError(
-            f"drafter aux layers {list(config.aux_layer_ids)} exceed the target's "
-            f"{target.num_hidden_layers} layers (config.json of {folder}); "
-            "use the drafter trained for this target."
-        )
-    tensors = read_tensors(folder)
-    params = nnx.state(params_from_tensors(config, tensors), nnx.Param)
-    return config, params, target_ids(folder, tensors, config)
-
-
 def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
     """Start from a draft that may lack heads; ValueError when the rest of it is another draft.
 
@@ -110,7 +100,7 @@ def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
     described = read_description(folder)
     check_sizes(folder, described, config)
     ours = config_to_json(config, "", [], "bfloat16")
-    for part, wanted in (described, ours), (_layer(described), _layer(ours)):
+    for part, wanted in (described, ours), (layer_of(described), layer_of(ours)):
         for name in part.keys() & wanted.keys() & (set(COMPARED) - set(CHANGEABLE)):
             if part[name] != wanted[name]:
                 raise ValueError(
@@ -122,34 +112,3 @@ def warm_start(folder: Path, config: DraftConfig, seed: int) -> WarmStart:
     reduced = config.draft_vocab_size < config.vocab_size
     ids = target_ids(folder, tensors, config) if reduced else None
     return WarmStart(nnx.state(drafter, nnx.Param), ids, drawn)
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """config.json of a draft; ValueError when the folder is something else."""
-    if not folder.is_dir():
-        raise ValueError(f"draft {folder} is no folder; give OUTPUT/draft of a run.")
-    described = read_json(folder / "config.json", "draft")
-    if "speculators_model_type" not in described:
-        raise ValueError(
-            f"config.json of {folder} describes no draft (it has no speculators_model_type); give "
-            "OUTPUT/draft of a run."
-        )
-    return described
-
-
-def check_sizes(
-    folder: Path, described: dict[str, Any], target: TargetConfig | DraftConfig
-) -> None:
-    """Raise ValueError when a draft was not made for a target of this shape."""
-    layer = _layer(described)
-    for name in ("hidden_size", "vocab_size"):
-        found, needed = layer.get(name), getattr(target, name)
-        if found is not None and found != needed:
-            raise ValueError(
-                f"drafter {name} {found} does not match target {name} {needed} "
-                f"(config.json of {folder}); use the drafter trained for this target."
-            )
-
-
-def _layer(described: dict[str, Any]) -> dict[str, Any]:
-    return described.get("transformer_layer_config") or {}

@@ -26,10 +26,10 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tokenizers import Tokenizer
 
 from dspark_jax.config import GlmConfig
+from dspark_jax.target_folder import load_target
 from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.targets.residual import Choices
 from dspark_jax.train import python_corpus
-from dspark_jax.train.files import load_target
 from dspark_jax.train.tiny_glm import (
     ASSISTANT,
     END,

@@ -9,9 +9,9 @@ from rich.console import Console
 from dspark_jax.config import DraftConfig
 from dspark_jax.loop import Weights, prepare_weights
 from dspark_jax.sharding import tree_shardings
+from dspark_jax.target_folder import LoadedTarget
 from dspark_jax.train.data import Data
 from dspark_jax.train.divergence import NEAR_TIE, explain
-from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.packing import pack
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.served import Programs, make_programs, measure

@@ -10,6 +10,14 @@ from rich.console import Console
 from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import check_mesh, init_draft_params
+from dspark_jax.target_folder import (
+    LoadedTarget,
+    TargetFiles,
+    find_target,
+    mask_token,
+    read_target,
+    target_fingerprint,
+)
 from dspark_jax.targets.families import make_target
 from dspark_jax.train import hidden_states
 from dspark_jax.train.checks import check_batch, check_settings
@@ -25,14 +33,6 @@ from dspark_jax.train.devices import (
     needed_bytes,
 )
 from dspark_jax.train.draft_files import WarmStart, warm_start
-from dspark_jax.train.files import (
-    LoadedTarget,
-    TargetFiles,
-    find_target,
-    mask_token,
-    read_target,
-    target_fingerprint,
-)
 from dspark_jax.train.finish import finish
 from dspark_jax.train.hosts import (
     any_process,

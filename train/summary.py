@@ -9,10 +9,10 @@ import jax
 from rich.console import Console
 
 from dspark_jax.config import DraftConfig
+from dspark_jax.target_folder import TargetFiles
 from dspark_jax.train.command_line import command, repeated
 from dspark_jax.train.devices import Meshes, gigabytes, target_shapes
 from dspark_jax.train.draft_files import WarmStart
-from dspark_jax.train.files import TargetFiles
 from dspark_jax.train.proof import holds
 from dspark_jax.train.settings import TrainSettings
 

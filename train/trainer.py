@@ -18,8 +18,8 @@ from dspark_jax.draft import draft_graphdef, dspark_draft
 from dspark_jax.losses import denominator
 from dspark_jax.metrics import Metrics, at_least_one, count, pair
 from dspark_jax.objective import Outcome, Part, Teacher, batch_loss, teacher_unembed
+from dspark_jax.target_folder import LoadedTarget
 from dspark_jax.train.devices import Meshes
-from dspark_jax.train.files import LoadedTarget
 from dspark_jax.train.hidden_states import HiddenStates
 from dspark_jax.train.optimizer import make_optimizer
 from dspark_jax.train.settings import TrainSettings

@@ -9,13 +9,13 @@ import pytest
 
 from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.draft import dspark_draft
+from dspark_jax.draft_files import load_draft
 from dspark_jax.generation import Generation, generate, plain_generate, plain_prefill, plain_state
 from dspark_jax.loop import Request, init_state, prefill, prepare_weights
+from dspark_jax.target_folder import load_target
 from dspark_jax.targets.families import make_target
 from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.divergence import NEAR_TIE, explain
-from dspark_jax.train.draft_files import load_draft
-from dspark_jax.train.files import load_target
 from dspark_jax.train.presets import PRESETS
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.train.served import first_difference

@@ -83,9 +83,9 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
     import jax
 
     from dspark_jax.checkpoints.folder import embedded
+    from dspark_jax.target_folder import load_target
     from dspark_jax.targets.families import make_target
     from dspark_jax.train.conversations import read_conversations, tokenise_all
-    from dspark_jax.train.files import load_target
     from dspark_jax.train.presets import PRESETS
 
     data = finished / "data/held_out.jsonl"

@@ -9,9 +9,9 @@ import pytest
 
 from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import GlmConfig
+from dspark_jax.target_folder import load_target
 from dspark_jax.targets.families import make_target
 from dspark_jax.train.conversations import prompt_tokens
-from dspark_jax.train.files import load_target
 from dspark_jax.train.transformers_speed import measure_transformers
 
 OPTIONAL = "PyTorch is not a dependency; where it is installed transformers is the yardstick"

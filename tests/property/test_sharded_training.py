@@ -15,10 +15,10 @@ from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import MeshConfig
 from dspark_jax.draft import init_draft_params
 from dspark_jax.sharding import make_mesh, tree_shardings
+from dspark_jax.target_folder import TargetFiles, find_target, read_target
 from dspark_jax.targets.families import make_target
 from dspark_jax.train.checks import check_batch
 from dspark_jax.train.devices import make_meshes
-from dspark_jax.train.files import TargetFiles, find_target, read_target
 from dspark_jax.train.hidden_states import in_process
 from dspark_jax.train.presets import PRESETS, draft_config
 from dspark_jax.train.trainer import (

@@ -4,8 +4,8 @@ import json
 
 from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import GlmConfig
-from dspark_jax.train.draft_files import load_draft
-from dspark_jax.train.files import load_target, target_fingerprint
+from dspark_jax.draft_files import load_draft
+from dspark_jax.target_folder import load_target, target_fingerprint
 from dspark_jax.train.presets import PRESETS
 
 TARGET, DRAFT = embedded("tiny-glm"), embedded("tiny-glm-dspark")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.folder import embedded
+from dspark_jax.target_folder import load_tokenizer
 from dspark_jax.train.conversations import (
     check_trainable,
     prompt_tokens,
@@ -16,7 +17,6 @@ from dspark_jax.train.conversations import (
     write_conversations,
 )
 from dspark_jax.train.data import asked, servable
-from dspark_jax.train.files import load_tokenizer
 from dspark_jax.train.tokenise import Conversation, Row, tokenise
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

@@ -9,9 +9,9 @@ import pytest
 from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import MeshConfig
 from dspark_jax.draft import dspark_draft, init_draft_params
+from dspark_jax.target_folder import find_target, read_target
 from dspark_jax.targets.families import make_target
 from dspark_jax.train.devices import check_memory, device_bytes, make_meshes, needed_bytes
-from dspark_jax.train.files import find_target, read_target
 from dspark_jax.train.hidden_states import in_process
 from dspark_jax.train.presets import PRESETS, draft_config
 from dspark_jax.train.trainer import Job, frozen_tables, init_state

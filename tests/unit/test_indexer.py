@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 
 from dspark_jax.config import GlmConfig
 from dspark_jax.layers import rope_angles
-from dspark_jax.targets.indexer import Indexer, select_top
+from dspark_jax.targets.indexer import Indexer, index_scores, select_top
 
 CONFIG = GlmConfig(
     vocab_size=11,

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from dspark_jax.checkpoints.folder import embedded
+from dspark_jax.target_folder import load_tokenizer
 from dspark_jax.train.data import Data, describe, fingerprint
-from dspark_jax.train.files import load_tokenizer
 from dspark_jax.train.inspect_data import inspect
 from dspark_jax.train.tokenise import Conversation, Row, tokenise
 

@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from dspark_jax.checkpoints.folder import embedded
+from dspark_jax.target_folder import read_json
 from dspark_jax.targets.families import make_target, read_config
 from dspark_jax.train.conversations import Row
-from dspark_jax.train.files import read_json
 from dspark_jax.train.hidden_states import Files, StoredStates, check_header
 from dspark_jax.train.packing import pack
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dspark_jax.train.files import read_json, target_fingerprint
+from dspark_jax.target_folder import read_json, target_fingerprint
 
 
 def test_the_fingerprint_is_of_all_bytes_and_read_once(

@@ -18,10 +18,10 @@ from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.convert.__main__ import main
 from dspark_jax.fp8 import BlockScaled
 from dspark_jax.sharding import target_mesh
+from dspark_jax.target_folder import load_target
 from dspark_jax.targets.families import read_config
 from dspark_jax.targets.load import load_params
 from dspark_jax.targets.orbax import ARRAYS, read_params, save_params
-from dspark_jax.train.files import load_target
 
 TARGETS = Path(__file__).parents[1] / "golden" / "targets"
 

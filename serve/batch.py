@@ -1,0 +1,294 @@
+"""The sequences decoded together: who enters, whom a round serves, what it gave to whom."""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dspark_jax.paged_loop import Control, Result
+from dspark_jax.serve.editing import fill
+from dspark_jax.serve.grammar import Grammars
+from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
+from dspark_jax.serve.pages import Pages
+from dspark_jax.serve.policy import Policy
+from dspark_jax.serve.programs import Programs, Shape
+from dspark_jax.serve.sequence import Sequence
+
+
+class Round(NamedTuple):
+    """A dispatched round: whom it serves, row by row, and what it will have given."""
+
+    sequences: list[Sequence]
+    shape: Shape
+    result: Result
+
+
+class Batch:
+    """Waiting sequences enter in order of arrival as slots and pages allow.
+
+    A sequence holds pages for all rows that the rounds on their way can write. When there are no
+    more, the youngest gives its own back and begins again, prompt and answer read as one prompt.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        pages: Pages,
+        policy: Policy,
+        grammars: Grammars,
+        ends: frozenset[int],
+        draft_greedily: bool = False,
+    ):
+        self.programs, self.pages, self.policy = programs, pages, policy
+        self.grammars, self.ends, self.draft_greedily = grammars, ends, draft_greedily
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.pending: deque[Round] = deque()
+        self._slots = list(range(programs.sizes.slots - 1, -1, -1))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running or self.pending)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def turn(self) -> None:
+        """Admit, read a piece of a prompt, dispatch a round, then hear of the one before."""
+        self._admit()
+        self._read_prompt()
+        launched = self._launch()
+        if self.pending and (len(self.pending) > 1 or not launched):
+            self._collect(self.pending.popleft())
+
+    def end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> None:
+        """Give back what a sequence holds and say so to whom it concerns."""
+        sequence.finish = finish
+        self._leave(sequence)
+        sequence.sink(Delta(finish=finish, error=error))
+
+    def fail(self, error: str) -> None:
+        """End everybody with an error."""
+        self.pending.clear()
+        for sequence in [*self.running, *self.waiting]:
+            self.end(sequence, "error", error)
+
+    def rebuild(self) -> None:
+        """Empty caches: nothing that was in them is known any more."""
+        self.programs.reset()
+        self.pages = Pages(self.pages.count, self.pages.size, self.pages.caching)
+
+    def _admit(self) -> None:
+        while self.waiting and self._slots:
+            sequence = self.waiting[0]
+            if not self._prepare(sequence):
+                continue
+            known = self.pages.find(sequence.tokens[:-1], sequence.work.cache_salt)
+            more = self.pages.take(self._pages_for(sequence, 1) - len(known))
+            if more is None:
+                self.pages.release(known)
+                return
+            self.waiting.popleft()
+            sequence.pages, sequence.rows = known + more, len(known) * self.pages.size
+            sequence.cached, sequence.slot = sequence.rows, self._slots.pop()
+            self.running.append(sequence)
+
+    def _prepare(self, sequence: Sequence) -> bool:
+        """Read its grammar, once; a grammar that cannot be read ends it."""
+        if sequence.work.grammar is None or sequence.matcher is not None:
+            return True
+        try:
+            sequence.matcher = self.grammars.matcher(sequence.work.grammar)
+        except ValueError as error:
+            self.end(sequence, "error", str(error))
+            return False
+        return True
+
+    def _read_prompt(self) -> None:
+        sequence = next((s for s in self.running if not s.prefilled), None)
+        if sequence is None:
+            return
+        rest = np.asarray(sequence.tokens[sequence.rows : -1], np.int32)
+        sequence.rows += self.programs.prefill(rest, sequence.rows, tuple(sequence.pages))
+        if sequence.prefilled:
+            self._publish(sequence)
+
+    def _launch(self) -> bool:
+        """Dispatch a round for everybody who can go on; False when there is nobody or not yet."""
+        chosen = [s for s in self.running if s.prefilled and s.remaining > 0]
+        if not chosen or (self.pending and any(s.edited for s in chosen)):
+            return False
+        if not all(self._grow(sequence) for sequence in list(chosen)):
+            return False
+        chosen = [s for s in chosen if s.slot is not None]
+        if not chosen:
+            return False
+        shape, caps = self._shape(chosen)
+        control = self.programs.control(shape.group)
+        edits = self.programs.edits(shape.group) if shape.edited else None
+        for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
+            self._fill(control, row, sequence, cap)
+            if edits is not None and sequence.edited:
+                fill(edits, row, sequence, self.ends)
+        self.pending.append(Round(chosen, shape, self.programs.round(shape, control, edits)))
+        for sequence in chosen:
+            sequence.entered, sequence.rounds = True, sequence.rounds + 1
+        return True
+
+    def _shape(self, chosen: list[Sequence]) -> tuple[Shape, list[int]]:
+        """The program for these sequences, and how many drafts of each may be verified."""
+        sizes = self.programs.sizes
+        group = next(g for g in sizes.groups if g >= len(chosen))
+        budgets = sizes.budgets(group)
+        caps = [
+            0 if s.edited or not s.work.speculate else min(sizes.draft_length, s.remaining - 1)
+            for s in chosen
+        ]
+        edited = any(s.edited or s.work.logprobs is not None for s in chosen)
+        choice = (budgets[0], budgets[-1]) if edited and len(budgets) > 1 else budgets
+        budget = self.policy.budget(choice, group, [s.confidence for s in chosen], caps)
+        return Shape(group, budget, edited), caps
+
+    def _fill(self, control: Control, row: int, sequence: Sequence, cap: int) -> None:
+        """Write one sequence into the host's arrays."""
+        sampling = sequence.work.sampling
+        values: dict[str, Any] = {
+            "slot": sequence.slot,
+            "fresh": not sequence.entered,
+            "anchor": sequence.tokens[-1],
+            "length": len(sequence.tokens) - 1,
+            "cap": cap,
+            "key": [sequence.seed >> 32, sequence.seed & 0xFFFFFFFF],
+            "temperature": sampling.temperature,
+            "draft_temperature": 0 if self.draft_greedily else sampling.temperature,
+        }
+        arrays: Any = control
+        for name, value in values.items():
+            getattr(arrays, name)[row] = value
+        arrays.pages[row, : len(sequence.pages)] = sequence.pages
+        arrays.truncation.min_p[row] = sampling.min_p
+        arrays.truncation.top_k[row] = sampling.top_k
+        arrays.truncation.top_p[row] = sampling.top_p
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Pages for one more round; False when first the rounds on their way must be heard of."""
+        while sequence.slot is not None:
+            more = self.pages.take(
+                self._pages_for(sequence, sequence.rounds + 1) - len(sequence.pages)
+            )
+            if more is not None:
+                sequence.pages += more
+                return True
+            if self.pending:
+                return False
+            youngest = max(self.running, key=lambda s: s.arrived)
+            if youngest is sequence and len(self.running) == 1:
+                raise MemoryError("one sequence needs more pages than there are")
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.entered, sequence.rows = False, 0
+        self.waiting.appendleft(sequence)
+
+    def _pages_for(self, sequence: Sequence, rounds: int) -> int:
+        """Pages that its rows can reach after so many more rounds."""
+        sizes = self.programs.sizes
+        rows = len(sequence.tokens) - 1 + rounds * (sizes.draft_length + 1)
+        return max(min(-(-rows // sizes.page), sizes.longest), len(sequence.pages))
+
+    def _collect(self, round_: Round) -> None:
+        """Hear of a round and pass it on, sequence by sequence."""
+        result = jax.device_get(round_.result)
+        for row, sequence in enumerate(round_.sequences):
+            sequence.rounds -= 1
+            if sequence.finish is None:
+                self._hear(sequence, row, result, round_.shape)
+
+    def _hear(self, sequence: Sequence, row: int, result: Result, shape: Shape) -> None:
+        if not result.finite[row]:
+            self._spoiled(sequence)
+            return
+        accepted, verified = int(result.accepted[row]), int(result.verified[row])
+        tokens = result.tokens[row, : accepted + 1].tolist()
+        taken, stop = sequence.take(tokens, self.ends)
+        drafted = shape.budget > shape.group
+        if drafted:
+            sequence.confidence = result.confidence[row].tolist()
+            self.policy.observe(accepted, verified)
+        error = _advance(sequence, [t for t in taken if t not in self.ends])
+        if error is not None:
+            sequence.finish = "error"
+        delta = Delta(
+            tokens=tuple(taken),
+            logprobs=_logprobs(sequence, row, taken, result),
+            verified=verified if drafted else None,
+            accepted=min(accepted, len(taken)),
+            cached_tokens=sequence.cached if sequence.emitted == len(taken) else None,
+            finish=sequence.finish,
+            stop_reason=stop,
+            error=error,
+        )
+        if sequence.finish is not None:
+            self._publish(sequence)
+            self._leave(sequence)
+        sequence.sink(delta)
+
+    def _spoiled(self, sequence: Sequence) -> None:
+        """The target's logits were not numbers: nobody else may read what is in its pages."""
+        self.pages.withdraw(sequence.pages)
+        self.programs.clean(tuple(sequence.pages))
+        self.end(sequence, "error", "the model's output is not a number")
+
+    def _publish(self, sequence: Sequence) -> None:
+        self.pages.publish(sequence.pages, sequence.tokens[:-1], sequence.work.cache_salt)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give back pages and slot."""
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+        if sequence.slot is not None:
+            self.running.remove(sequence)
+            self._slots.append(sequence.slot)
+            sequence.slot = None
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+
+def _advance(sequence: Sequence, tokens: list[int]) -> str | None:
+    """Take a grammar along; what went wrong, if anything."""
+    if sequence.matcher is None:
+        return None
+    try:
+        for token in tokens:
+            sequence.matcher.advance(token)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _logprobs(
+    sequence: Sequence, row: int, taken: list[int], result: Result
+) -> tuple[TokenLogprob, ...]:
+    """As many as the request asked for, of every token it got."""
+    asked, known = sequence.work.logprobs, result.logprobs
+    if asked is None or known is None:
+        return ()
+    return tuple(
+        TokenLogprob(
+            token,
+            float(known.logprob[row, i]),
+            int(known.rank[row, i]),
+            tuple(
+                zip(
+                    known.top_token[row, i, :asked].tolist(),
+                    known.top_logprob[row, i, :asked].tolist(),
+                    strict=True,
+                )
+            ),
+        )
+        for i, token in enumerate(taken)
+    )

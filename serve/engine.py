@@ -1,0 +1,125 @@
+"""The engine: one thread that owns the device and turns queued work into deltas.
+
+Every turn reads at most one chunk of a prompt and dispatches one decode round, and only then reads
+what the round before it emitted, so that the device never waits for the host.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dspark_jax.serve.batch import Batch
+from dspark_jax.serve.messages import BusyError, Sink, Work
+from dspark_jax.serve.sequence import Sequence
+
+LOG = logging.getLogger(__name__)
+IDLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """How much may wait before new work is refused."""
+
+    requests: int = 1024
+    tokens: int = 1 << 20
+
+
+class ThreadedEngine:
+    """`messages.Engine` over a `Batch`; start it once, stop it once.
+
+    When a step fails, all answers on their way end with an error and the caches are built anew;
+    when that happens again within `patience` seconds the engine is unhealthy for good.
+    """
+
+    def __init__(self, batch: Batch, limits: QueueLimits, patience: float = 300.0):
+        self.batch, self.limits, self.patience = batch, limits, patience
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._queued: dict[str, int] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._stopping = threading.Event()
+        self._failed_at: float | None = None
+        self._healthy = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def ready(self) -> bool:
+        return self._healthy and self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all answers on their way and let go of the device."""
+        self._stopping.set()
+        self._thread.join()
+
+    def submit(self, work: Work, sink: Sink) -> None:
+        with self._lock:
+            waiting = sum(self._queued.values())
+            if len(self._queued) >= self.limits.requests or waiting >= self.limits.tokens:
+                raise BusyError(
+                    "The engine is currently busy and cannot accept new requests. Please try again "
+                    "later or on a different instance."
+                )
+            if not self._healthy:
+                raise BusyError("The engine has failed and accepts no requests.")
+            self._queued[work.request_id] = len(work.prompt)
+        sequence = Sequence(work, sink, time.monotonic())
+        self._commands.put(lambda: self._accept(sequence))
+
+    def abort(self, request_id: str) -> None:
+        self._commands.put(lambda: self._abort(request_id))
+
+    def _accept(self, sequence: Sequence) -> None:
+        self._sequences[sequence.work.request_id] = sequence
+        self.batch.add(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.finish is None:
+            self.batch.end(sequence, "abort")
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._obey(wait=not self.batch.busy)
+            try:
+                self.batch.turn()
+            except Exception as error:  # whatever the device raises, the caches are gone
+                self._recover(error)
+            self._forget_ended()
+        self.batch.fail("the server is shutting down")
+        self._forget_ended()
+
+    def _obey(self, wait: bool) -> None:
+        """Carry out what was asked for from other threads."""
+        try:
+            self._commands.get(timeout=IDLE_SECONDS if wait else 0)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _recover(self, error: Exception) -> None:
+        LOG.exception("a step failed; all answers on their way end with an error")
+        self.batch.fail(f"a step of the engine failed ({type(error).__name__})")
+        now = time.monotonic()
+        again = self._failed_at is not None and now - self._failed_at < self.patience
+        self._failed_at = now
+        if again:
+            self._healthy = False
+            self._stopping.set()
+            return
+        self.batch.rebuild()
+
+    def _forget_ended(self) -> None:
+        started = [s for s in self._sequences.values() if s.finish or s.slot is not None]
+        with self._lock:
+            for sequence in started:
+                self._queued.pop(sequence.work.request_id, None)
+        for sequence in started:
+            if sequence.finish:
+                self._sequences.pop(sequence.work.request_id, None)

@@ -1,0 +1,79 @@
+"""How many rows a round verifies: as many as pay for their time, by what the drafts say themselves.
+
+The budget of a round is chosen from confidences of blocks drafted before it, the drafts that fill
+it from their own round's (`schedule.py`), so nothing that is verified was chosen by its outcome.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+PROBE_EVERY = 64
+"""Rounds without drafts after which one drafts again, to see whether it would pay by now."""
+MARGIN = 1.03
+"""A change between drafting and not drafting must promise this much more tokens per second."""
+
+
+@dataclass
+class Policy:
+    """Chooses budgets. `seconds[group, budget]` is what a round takes, measured at the start."""
+
+    kind: Literal["fixed", "adaptive"]
+    draft_length: int
+    seconds: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    drafting: bool = True
+    plain_rounds: int = 0
+    survival: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Running mean of the share of rounds in which draft j was accepted, verified or not."""
+
+    def __post_init__(self) -> None:
+        self.survival = np.full(self.draft_length, 0.5) ** np.arange(1, self.draft_length + 1)
+
+    def budget(
+        self,
+        budgets: Sequence[int],
+        group: int,
+        confidences: Sequence[Sequence[float]],
+        caps: Sequence[int],
+    ) -> int:
+        """One of `budgets`, ascending, of which the first drafts nothing.
+
+        `confidences` are those of every sequence's last block, empty where there was none; `caps`
+        bound the drafts of each sequence.
+        """
+        if not any(caps):
+            return budgets[0]
+        if self.kind == "fixed":
+            return next(b for b in budgets if b >= len(caps) + sum(caps) or b == budgets[-1])
+        gains = np.concatenate(
+            [self._survival(c)[:cap] for c, cap in zip(confidences, caps, strict=True)]
+        )
+        promised = np.concatenate([[0.0], np.cumsum(np.sort(gains)[::-1])])
+        active = len(caps)
+
+        def rate(budget: int) -> float:
+            drafts = min(max(budget - active, 0), len(gains))
+            drafts = 0 if budget == budgets[0] else drafts
+            return (active + promised[drafts]) / self.seconds[group, budget]
+
+        plain, best = budgets[0], max(budgets[1:], key=rate)
+        likes = rate(best) > rate(plain) * (MARGIN if not self.drafting else 1 / MARGIN)
+        if likes:
+            self.drafting, self.plain_rounds = True, 0
+            return best
+        self.drafting = False
+        self.plain_rounds += 1
+        if self.plain_rounds % PROBE_EVERY == 0:
+            return best
+        return plain
+
+    def observe(self, accepted: int, verified: int) -> None:
+        """What became of a block: a running mean, for drafts that say nothing of themselves."""
+        for j in range(verified):
+            survived = float(j < accepted)
+            self.survival[j] += 0.02 * (survived - self.survival[j])
+
+    def _survival(self, confidence: Sequence[float]) -> np.ndarray:
+        return np.cumprod(confidence) if len(confidence) else self.survival

@@ -1,0 +1,186 @@
+"""Every program the engine runs, compiled before the first request: nothing compiles after that."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.loop import Weights
+from dspark_jax.paged_loop import (
+    Control,
+    SlotState,
+    init_slots,
+    plain_round,
+    prefill_pages,
+    scrub,
+    serve_round,
+)
+from dspark_jax.truncation import Edits, Truncation
+from dspark_jax.types import Draft, Rows, Target
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the programs are compiled for."""
+
+    slots: int
+    """Sequences decoded at the same time."""
+    page: int
+    pages: int
+    """Of `page` rows each; page 0 is nobody's."""
+    longest: int
+    """Pages of a sequence, at most."""
+    draft_length: int
+    vocabulary: int
+    chunks: tuple[int, ...]
+    """Prompt rows read at a time, ascending."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """How many sequences a round may serve: powers of two up to the slots."""
+        powers = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
+        return (*powers, self.slots)
+
+    def budgets(self, group: int) -> tuple[int, ...]:
+        """Verified rows of a round of `group` sequences; the first drafts nothing."""
+        width = self.draft_length + 1
+        if self.draft_length == 0:
+            return (group,)
+        halves = [group * m for m in (1, 2, 4, 8, 16) if m < width]
+        return (*halves, group * width)
+
+
+class Shape(NamedTuple):
+    """A round's program: sequences, verified rows, and whether logits are edited and reported."""
+
+    group: int
+    budget: int
+    edited: bool
+
+
+class Programs:
+    """The compiled programs over one pair of models. `run` changes `state`, which it owns."""
+
+    def __init__(self, target: Target, draft: Draft, weights: Weights, sizes: Sizes, dtype: Any):
+        self.sizes, self.weights = sizes, weights
+        self._models = (target, draft)
+        self._dtype = dtype
+        self._rounds: dict[Shape, Any] = {}
+        self._chunks: dict[int, Any] = {}
+        self._scrub: Any = None
+        self.state = self._empty()
+
+    def shapes(self) -> Iterator[Shape]:
+        """Of all rounds. Edited ones verify everything or nothing."""
+        for group in self.sizes.groups:
+            budgets = self.sizes.budgets(group)
+            yield from (Shape(group, budget, False) for budget in budgets)
+            yield from (Shape(group, budget, True) for budget in {budgets[0], budgets[-1]})
+
+    def compile(self, progress: Callable[[int, int], None]) -> None:
+        """Compile all of them; `progress(done, total)` follows."""
+        shapes, chunks = list(self.shapes()), self.sizes.chunks
+        total, done = len(shapes) + len(chunks) + 1, 0
+        progress(done, total)
+        for shape in shapes:
+            self._rounds[shape] = self._compile_round(shape)
+            progress(done := done + 1, total)
+        for chunk in chunks:
+            rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
+            self._chunks[chunk] = self._lower(prefill_pages, self.weights, self.state, rows)
+            progress(done := done + 1, total)
+        self._scrub = self._lower(scrub, self.state, self._padded(()))
+        progress(total, total)
+
+    def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
+        """Dispatch a round; its `Result` is on its way."""
+        given = (self.weights, self.state, control, edits)
+        self.state, result = self._rounds[shape](*given)
+        return result
+
+    def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
+        """Dispatch the next prompt rows, which stand at `start`; returns how many were taken."""
+        chunks = self.sizes.chunks
+        size = next((c for c in chunks if c >= len(tokens)), chunks[-1])
+        taken = min(size, len(tokens))
+        padded = np.zeros(size, np.int32)
+        padded[:taken] = tokens[:taken]
+        beyond = self.sizes.longest * self.sizes.page
+        position = np.where(np.arange(size) < taken, start + np.arange(size), beyond)
+        rows = self._rows(padded, position.astype(np.int32), pages)
+        self.state = self._chunks[size](self.weights, self.state, rows)
+        return taken
+
+    def clean(self, pages: tuple[int, ...]) -> None:
+        """Dispatch writing zeros into some pages."""
+        self.state = self._scrub(self.state, self._padded(pages))
+
+    def reset(self) -> None:
+        """Begin with empty caches again, after a step failed and took the state with it."""
+        self.state = self._empty()
+
+    def control(self, group: int) -> Control:
+        """A round in which nobody takes part, to be filled in."""
+        sizes, zeros = self.sizes, partial(np.zeros, group)
+        truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
+        arrays: dict[str, Any] = {
+            "slot": np.full(group, sizes.slots, np.int32),
+            "fresh": zeros(bool),
+            "anchor": zeros(np.int32),
+            "length": zeros(np.int32),
+            "pages": np.zeros((group, sizes.longest), np.int32),
+            "cap": zeros(np.int32),
+            "key": np.zeros((group, 2), np.uint32),
+            "temperature": zeros(np.float32),
+            "draft_temperature": zeros(np.float32),
+            "truncation": Truncation(*truncation),
+        }
+        return Control(**arrays)
+
+    def edits(self, group: int) -> Edits:
+        """Edits that change nothing, to be filled in."""
+        size = self.sizes.vocabulary
+        arrays: dict[str, Any] = {
+            "allowed": np.full((group, -(-size // 32)), 0xFFFFFFFF, np.uint32),
+            "bias": np.zeros((group, size), np.float32),
+            "seen": np.zeros((group, size), bool),
+            "repetition": np.ones(group, np.float32),
+            "penalty": np.zeros((group, size), np.float32),
+        }
+        return Edits(**arrays)
+
+    def _compile_round(self, shape: Shape) -> Any:
+        control = self.control(shape.group)
+        edits = self.edits(shape.group) if shape.edited else None
+        given = (self.weights, self.state, control, edits)
+        if shape.budget == shape.group:
+            return self._lower(plain_round, *given)
+        return self._lower(partial(_with_budget, shape.budget), *given)
+
+    def _lower(self, function: Callable[..., Any], *given: Any) -> Any:
+        target, draft = self._models
+        state = next(i for i, x in enumerate(given) if isinstance(x, SlotState))
+        step = jax.jit(partial(function, target, draft), donate_argnums=state)
+        return step.lower(*given).compile()
+
+    def _rows(self, tokens: np.ndarray, position: np.ndarray, pages: tuple[int, ...]) -> Rows:
+        one: Any = (tokens[None], position[None], self._padded(pages)[None])
+        return Rows(*one)
+
+    def _padded(self, pages: tuple[int, ...]) -> np.ndarray:
+        padded = np.zeros(self.sizes.longest, np.int32)
+        padded[: len(pages)] = pages
+        return padded
+
+    def _empty(self) -> SlotState:
+        sizes = self.sizes
+        make = partial(init_slots, *self._models, sizes.slots, sizes.pages, sizes.page)
+        return jax.jit(partial(make, jnp.dtype(self._dtype)))()
+
+
+def _with_budget(budget: int, *given: Any) -> Any:
+    return serve_round(*given, budget=budget)
