@@ -90,12 +90,13 @@ def test_train_serve_convert_and_plan_never_import_one_another(package: str):
 
 def test_core_touches_no_clock_socket_or_tokenizer():
     assert not offenders(CORE, "time", "datetime", "socket", "http", "urllib")
-    assert not offenders(CORE, "tokenizers", "transformers")
+    # One file reads what lies in a target's folder, for training, serving and converting alike.
+    assert not offenders(CORE - {"dspark_jax.target_folder"}, "tokenizers", "transformers")
 
 
 def test_the_loop_knows_no_model():
     models = {m for m in CORE if m.startswith("dspark_jax.targets.")}
-    assert not offenders(CORE & {"dspark_jax.loop"}, *(models - {"dspark_jax.targets.target"}))
+    assert not offenders({"dspark_jax.loop", "dspark_jax.paged_loop"}, *(models - {"dspark_jax.targets.target"}))
 
 
 def test_core_has_no_import_cycle():
