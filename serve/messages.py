@@ -5,7 +5,7 @@ Nothing here knows JAX, sockets or text; an engine in another process could spea
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Finish = Literal["stop", "length", "error", "abort"]
 
@@ -97,6 +97,7 @@ class BusyError(Exception):
     """The queue is full; the message is for the client, which may try again later."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the HTTP side needs; every method may be called from any thread."""
 
