@@ -1,5 +1,6 @@
 """The sequences decoded together: who enters, whom a round serves, what it gave to whom."""
 
+import time
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from dspark_jax.paged_loop import Control, Result
 from dspark_jax.serve.editing import fill
 from dspark_jax.serve.grammar import Grammars
 from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
+from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Programs, Shape
@@ -20,8 +22,10 @@ class Round(NamedTuple):
     """A dispatched round: whom it serves, row by row, and what it will have given."""
 
     sequences: list[Sequence]
+    caps: list[int]
     shape: Shape
     result: Result
+    begun: float
 
 
 class Batch:
@@ -38,10 +42,12 @@ class Batch:
         policy: Policy,
         grammars: Grammars,
         ends: frozenset[int],
+        metrics: Metrics,
         draft_greedily: bool = False,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
         self.grammars, self.ends, self.draft_greedily = grammars, ends, draft_greedily
+        self.metrics = metrics
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pending: deque[Round] = deque()
@@ -62,6 +68,7 @@ class Batch:
         launched = self._launch()
         if self.pending and (len(self.pending) > 1 or not launched):
             self._collect(self.pending.popleft())
+        self.metrics.gauges(len(self.running), len(self.waiting), self.pages.usage)
 
     def end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> None:
         """Give back what a sequence holds and say so to whom it concerns."""
@@ -93,7 +100,9 @@ class Batch:
             self.waiting.popleft()
             sequence.pages, sequence.rows = known + more, len(known) * self.pages.size
             sequence.cached, sequence.slot = sequence.rows, self._slots.pop()
+            sequence.admitted = sequence.admitted or time.monotonic()
             self.running.append(sequence)
+            self.metrics.admitted(len(sequence.tokens), sequence.cached)
 
     def _prepare(self, sequence: Sequence) -> bool:
         """Read its grammar, once; a grammar that cannot be read ends it."""
@@ -111,7 +120,10 @@ class Batch:
         if sequence is None:
             return
         rest = np.asarray(sequence.tokens[sequence.rows : -1], np.int32)
-        sequence.rows += self.programs.prefill(rest, sequence.rows, tuple(sequence.pages))
+        begun = time.monotonic()
+        taken = self.programs.prefill(rest, sequence.rows, tuple(sequence.pages))
+        sequence.rows += taken
+        self.metrics.prefilled(taken, time.monotonic() - begun)
         if sequence.prefilled:
             self._publish(sequence)
 
@@ -132,7 +144,8 @@ class Batch:
             self._fill(control, row, sequence, cap)
             if edits is not None and sequence.edited:
                 fill(edits, row, sequence, self.ends)
-        self.pending.append(Round(chosen, shape, self.programs.round(shape, control, edits)))
+        result = self.programs.round(shape, control, edits)
+        self.pending.append(Round(chosen, caps, shape, result, time.monotonic()))
         for sequence in chosen:
             sequence.entered, sequence.rounds = True, sequence.rounds + 1
         return True
@@ -142,10 +155,7 @@ class Batch:
         sizes = self.programs.sizes
         group = next(g for g in sizes.groups if g >= len(chosen))
         budgets = sizes.budgets(group)
-        caps = [
-            0 if s.edited or not s.work.speculate else min(sizes.draft_length, s.remaining - 1)
-            for s in chosen
-        ]
+        caps = [min(sizes.verified, s.remaining - 1) if s.drafted_for else 0 for s in chosen]
         edited = any(s.edited or s.work.logprobs is not None for s in chosen)
         choice = (budgets[0], budgets[-1]) if edited and len(budgets) > 1 else budgets
         budget = self.policy.budget(choice, group, [s.confidence for s in chosen], caps)
@@ -191,34 +201,48 @@ class Batch:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
+        self.metrics.preempted()
         sequence.entered, sequence.rows = False, 0
         self.waiting.appendleft(sequence)
 
     def _pages_for(self, sequence: Sequence, rounds: int) -> int:
         """Pages that its rows can reach after so many more rounds."""
         sizes = self.programs.sizes
-        rows = len(sequence.tokens) - 1 + rounds * (sizes.draft_length + 1)
+        rows = len(sequence.tokens) - 1 + rounds * (sizes.verified + 1)
         return max(min(-(-rows // sizes.page), sizes.longest), len(sequence.pages))
 
     def _collect(self, round_: Round) -> None:
         """Hear of a round and pass it on, sequence by sequence."""
         result = jax.device_get(round_.result)
+        group, budget, _ = round_.shape
+        served = slice(len(round_.sequences))
+        verified, accepted = result.verified[served].sum(), result.accepted[served].sum()
+        count = len(round_.sequences)
+        self.metrics.round(
+            int(accepted) + count,
+            int(verified) + count,
+            budget,
+            {"round": time.monotonic() - round_.begun},
+        )
         for row, sequence in enumerate(round_.sequences):
             sequence.rounds -= 1
             if sequence.finish is None:
-                self._hear(sequence, row, result, round_.shape)
+                self._hear(sequence, row, result, budget > group and round_.caps[row] > 0)
 
-    def _hear(self, sequence: Sequence, row: int, result: Result, shape: Shape) -> None:
+    def _hear(self, sequence: Sequence, row: int, result: Result, drafted: bool) -> None:
         if not result.finite[row]:
             self._spoiled(sequence)
             return
         accepted, verified = int(result.accepted[row]), int(result.verified[row])
         tokens = result.tokens[row, : accepted + 1].tolist()
+        sequence.heard = sequence.heard or time.monotonic()
         taken, stop = sequence.take(tokens, self.ends)
-        drafted = shape.budget > shape.group
         if drafted:
-            sequence.confidence = result.confidence[row].tolist()
+            confidence = result.confidence[row].tolist()
+            sequence.confidence = confidence
             self.policy.observe(accepted, verified)
+            hits = [float(j < accepted) for j in range(min(verified, accepted + 1))]
+            self.metrics.calibrated(confidence[: len(hits)], hits)
         error = _advance(sequence, [t for t in taken if t not in self.ends])
         if error is not None:
             sequence.finish = "error"
@@ -235,12 +259,20 @@ class Batch:
         if sequence.finish is not None:
             self._publish(sequence)
             self._leave(sequence)
+            self._time(sequence)
         sequence.sink(delta)
+
+    def _time(self, sequence: Sequence) -> None:
+        now = time.monotonic()
+        read = sequence.heard or now
+        entered = sequence.admitted or now
+        self.metrics.timed(entered - sequence.arrived, read - entered, now - read)
 
     def _spoiled(self, sequence: Sequence) -> None:
         """The target's logits were not numbers: nobody else may read what is in its pages."""
         self.pages.withdraw(sequence.pages)
         self.programs.clean(tuple(sequence.pages))
+        self.metrics.corrupted()
         self.end(sequence, "error", "the model's output is not a number")
 
     def _publish(self, sequence: Sequence) -> None:

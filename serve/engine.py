@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dspark_jax.serve.batch import Batch
 from dspark_jax.serve.messages import BusyError, Sink, Work
+from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.sequence import Sequence
 
 LOG = logging.getLogger(__name__)
@@ -34,8 +35,10 @@ class ThreadedEngine:
     when that happens again within `patience` seconds the engine is unhealthy for good.
     """
 
-    def __init__(self, batch: Batch, limits: QueueLimits, patience: float = 300.0):
-        self.batch, self.limits, self.patience = batch, limits, patience
+    def __init__(
+        self, batch: Batch, limits: QueueLimits, metrics: Metrics, patience: float = 300.0
+    ):
+        self.batch, self.limits, self.metrics, self.patience = batch, limits, metrics, patience
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._queued: dict[str, int] = {}
@@ -59,8 +62,9 @@ class ThreadedEngine:
 
     def submit(self, work: Work, sink: Sink) -> None:
         with self._lock:
-            waiting = sum(self._queued.values())
-            if len(self._queued) >= self.limits.requests or waiting >= self.limits.tokens:
+            full = self._full(len(work.prompt))
+            if full is not None:
+                self.metrics.rejected(full)
                 raise BusyError(
                     "The engine is currently busy and cannot accept new requests. Please try again "
                     "later or on a different instance."
@@ -73,6 +77,13 @@ class ThreadedEngine:
 
     def abort(self, request_id: str) -> None:
         self._commands.put(lambda: self._abort(request_id))
+
+    def _full(self, tokens: int) -> str | None:
+        """Which limit of the queue leaves no room for so many more prompt tokens."""
+        if len(self._queued) >= self.limits.requests:
+            return "max_num_queued_reqs"
+        waiting = sum(self._queued.values())
+        return "max_num_queued_tokens" if waiting + tokens > self.limits.tokens else None
 
     def _accept(self, sequence: Sequence) -> None:
         self._sequences[sequence.work.request_id] = sequence

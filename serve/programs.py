@@ -1,6 +1,8 @@
 """Every program the engine runs, compiled before the first request: nothing compiles after that."""
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,7 +36,8 @@ class Sizes:
     """Of `page` rows each; page 0 is nobody's."""
     longest: int
     """Pages of a sequence, at most."""
-    draft_length: int
+    verified: int
+    """Drafts of a sequence verified in a round, at most; 0 is plain decoding."""
     vocabulary: int
     chunks: tuple[int, ...]
     """Prompt rows read at a time, ascending."""
@@ -47,11 +50,11 @@ class Sizes:
 
     def budgets(self, group: int) -> tuple[int, ...]:
         """Verified rows of a round of `group` sequences; the first drafts nothing."""
-        width = self.draft_length + 1
-        if self.draft_length == 0:
+        width = self.verified + 1
+        if width == 1:
             return (group,)
-        halves = [group * m for m in (1, 2, 4, 8, 16) if m < width]
-        return (*halves, group * width)
+        parts = [group * m for m in (1, 2, 4, 8, 16) if m == 1 or 4 * m < 3 * width]
+        return (*parts, group * width)
 
 
 class Shape(NamedTuple):
@@ -81,20 +84,27 @@ class Programs:
             yield from (Shape(group, budget, False) for budget in budgets)
             yield from (Shape(group, budget, True) for budget in {budgets[0], budgets[-1]})
 
+    @property
+    def count(self) -> int:
+        """How many programs there are."""
+        return len(self._rounds) + len(self._chunks) + (self._scrub is not None)
+
     def compile(self, progress: Callable[[int, int], None]) -> None:
-        """Compile all of them; `progress(done, total)` follows."""
-        shapes, chunks = list(self.shapes()), self.sizes.chunks
-        total, done = len(shapes) + len(chunks) + 1, 0
-        progress(done, total)
-        for shape in shapes:
-            self._rounds[shape] = self._compile_round(shape)
-            progress(done := done + 1, total)
-        for chunk in chunks:
-            rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
-            self._chunks[chunk] = self._lower(prefill_pages, self.weights, self.state, rows)
-            progress(done := done + 1, total)
-        self._scrub = self._lower(scrub, self.state, self._padded(()))
-        progress(total, total)
+        """Compile all of them, side by side; `progress(done, total)` follows."""
+        jobs: dict[Any, Callable[[], Any]] = {
+            shape: partial(self._compile_round, shape) for shape in self.shapes()
+        }
+        jobs |= {chunk: partial(self._compile_chunk, chunk) for chunk in self.sizes.chunks}
+        jobs["scrub"] = partial(self._lower, scrub, self.state, self._padded(()))
+        progress(0, len(jobs))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = {key: pool.submit(job) for key, job in jobs.items()}
+            for done, _ in enumerate(as_completed(compiled.values()), 1):
+                progress(done, len(jobs))
+        made = {key: future.result() for key, future in compiled.items()}
+        self._scrub = made.pop("scrub")
+        self._chunks = {chunk: made.pop(chunk) for chunk in self.sizes.chunks}
+        self._rounds = made
 
     def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
         """Dispatch a round; its `Result` is on its way."""
@@ -160,6 +170,10 @@ class Programs:
         if shape.budget == shape.group:
             return self._lower(plain_round, *given)
         return self._lower(partial(_with_budget, shape.budget), *given)
+
+    def _compile_chunk(self, chunk: int) -> Any:
+        rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
+        return self._lower(prefill_pages, self.weights, self.state, rows)
 
     def _lower(self, function: Callable[..., Any], *given: Any) -> Any:
         target, draft = self._models

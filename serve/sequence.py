@@ -30,6 +30,9 @@ class Sequence:
     entered: bool = False
     """Its slot on the device holds it."""
     rounds: int = 0
+    admitted: float | None = None
+    heard: float | None = None
+    """When the first round was heard of, in monotonic seconds as `arrived` and `admitted`."""
     finish: Finish | None = None
     confidence: Tokens[float] = ()
     """Of the last block heard of."""
@@ -63,6 +66,11 @@ class Sequence:
             or sampling.repetition_penalty != 1
             or bool(sampling.presence_penalty or sampling.frequency_penalty)
         )
+
+    @property
+    def drafted_for(self) -> bool:
+        """Whether its rounds may verify drafts."""
+        return self.work.speculate and not self.edited
 
     def take(self, tokens: Tokens[int], ends: frozenset[int]) -> tuple[list[int], int | None]:
         """Append emitted tokens up to the one that ends the answer: (those, the stop token)."""

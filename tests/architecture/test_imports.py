@@ -96,7 +96,9 @@ def test_core_touches_no_clock_socket_or_tokenizer():
 
 def test_the_loop_knows_no_model():
     models = {m for m in CORE if m.startswith("dspark_jax.targets.")}
-    assert not offenders({"dspark_jax.loop", "dspark_jax.paged_loop"}, *(models - {"dspark_jax.targets.target"}))
+    assert not offenders(
+        {"dspark_jax.loop", "dspark_jax.paged_loop"}, *(models - {"dspark_jax.targets.target"})
+    )
 
 
 def test_core_has_no_import_cycle():

@@ -1,0 +1,27 @@
+"""`python -m dspark_jax.serve`: the command line of serving."""
+
+import sys
+
+import tyro
+
+from dspark_jax.serve.settings import ServeSettings, check, read_speculation
+
+
+def main() -> int:
+    """Exit code 0, also after SIGTERM; 1 when the engine failed; 2 with one sentence otherwise."""
+    given = tyro.cli(ServeSettings, prog="python -m dspark_jax.serve", description=__doc__)
+    try:
+        check(given)
+        speculation = read_speculation(given.speculative_config)
+        from dspark_jax.serve.run import run  # jax is imported only once the flags are right
+
+        return run(given, speculation)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The engine of given models and settings: sizes chosen, memory counted, programs compiled."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from dspark_jax.serve.batch import Batch
+from dspark_jax.serve.engine import QueueLimits, ThreadedEngine
+from dspark_jax.serve.grammar import Grammars
+from dspark_jax.serve.metrics import Metrics
+from dspark_jax.serve.models import Loaded
+from dspark_jax.serve.pages import Pages
+from dspark_jax.serve.policy import Policy
+from dspark_jax.serve.profile import measure
+from dspark_jax.serve.programs import Programs, Sizes
+from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
+
+CHUNKS = (32, 128, 512)
+"""Prompt rows read at a time."""
+
+
+class Built(NamedTuple):
+    """An engine that waits to be started, and what it was built with."""
+
+    engine: ThreadedEngine
+    sizes: Sizes
+    metrics: Metrics
+    seconds: Mapping[tuple[int, int], float]
+
+
+def choose_sizes(settings: ServeSettings, speculation: Speculation, loaded: Loaded) -> Sizes:
+    """What programs are compiled for; ValueError when a number does not fit the model."""
+    allowed = loaded.files.config.max_position_embeddings
+    length = settings.max_model_len or min(allowed, LENGTH_LIMIT)
+    if length > allowed:
+        raise ValueError(
+            f"--max-model-len {length} is more than the {allowed} positions that the target was "
+            "trained for; give less."
+        )
+    page = settings.block_size
+    longest = -(-length // page)
+    least = longest + 1
+    pages = settings.num_gpu_blocks_override or 1 + longest * settings.max_num_seqs
+    if pages < least:
+        raise ValueError(
+            f"{pages} pages of {page} rows do not hold one sequence of {length} tokens; give "
+            f"--num-gpu-blocks-override {least} or more, or a smaller --max-model-len."
+        )
+    drafted, asked = loaded.draft.draft_length, speculation.num_speculative_tokens
+    verified = drafted if asked is None else asked
+    if verified > drafted:
+        raise ValueError(
+            f"num_speculative_tokens {verified} is more than the {drafted} that the draft proposes "
+            "in a block; give fewer, or leave it out."
+        )
+    chunks = tuple(c for c in CHUNKS if c < length) or (length,)
+    vocabulary = loaded.files.config.vocab_size
+    return Sizes(settings.max_num_seqs, page, pages, longest, verified, vocabulary, chunks)
+
+
+def plan(loaded: Loaded, sizes: Sizes) -> dict[str, int]:
+    """Bytes of weights and of both caches."""
+
+    def held(tree: Any) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    dtype = jax.tree.leaves(loaded.weights.target)[0].dtype
+    caches = [
+        jax.eval_shape(lambda model=model: model.init_cache(sizes.pages, sizes.page, dtype))
+        for model in (loaded.target, loaded.draft)
+    ]
+    weights = held(loaded.weights)
+    return {"weights": weights, "target cache": held(caches[0]), "draft cache": held(caches[1])}
+
+
+def build(
+    settings: ServeSettings,
+    speculation: Speculation,
+    loaded: Loaded,
+    sizes: Sizes,
+    name: str,
+    progress: Callable[[int, int], None],
+) -> Built:
+    """Compile everything and measure it; `progress(done, total)` follows the programs."""
+    dtype = jax.tree.leaves(loaded.weights.target)[0].dtype
+    programs = Programs(loaded.target, loaded.draft, loaded.weights, sizes, dtype)
+    programs.compile(progress)
+    metrics = Metrics(name, sizes.verified)
+    metrics.compiled(programs.count)
+    metrics.cache_config({"block_size": sizes.page, "num_gpu_blocks": sizes.pages})
+    adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
+    seconds = measure(programs) if adaptive else {}
+    batch = Batch(
+        programs,
+        Pages(sizes.pages, sizes.page, settings.enable_prefix_caching),
+        Policy("adaptive" if adaptive else "fixed", sizes.verified, seconds),
+        Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends),
+        frozenset(loaded.files.ends),
+        metrics,
+        draft_greedily=speculation.draft_sample_method == "greedy",
+    )
+    limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
+    return Built(ThreadedEngine(batch, limits, metrics), sizes, metrics, seconds)
+
+
+def told(seconds: Mapping[tuple[int, int], float]) -> Iterator[str]:
+    """The measured costs, a line per group."""
+    for group in sorted({g for g, _ in seconds}):
+        costs = [f"{b}: {1e3 * s:.2f}" for (g, b), s in sorted(seconds.items()) if g == group]
+        yield f"{group} sequences, ms by verified rows: {', '.join(costs)}"

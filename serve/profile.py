@@ -1,0 +1,33 @@
+"""What every round costs on this device: measured at the start, when nobody waits."""
+
+import statistics
+import time
+from collections.abc import Mapping
+
+import jax
+
+from dspark_jax.serve.programs import Programs
+
+REPEATS = 5
+
+
+def measure(programs: Programs) -> Mapping[tuple[int, int], float]:
+    """Seconds of a round by (sequences, verified rows): the median of a few.
+
+    The rounds serve sequences without pages, so they leave nothing behind: they cost what any
+    others do, since shapes alone decide.
+    """
+    seconds = {}
+    for shape in programs.shapes():
+        if shape.edited:
+            continue
+        control = programs.control(shape.group)
+        control.slot[:] = range(shape.group)
+        control.fresh[:], control.cap[:] = True, programs.sizes.verified
+        taken = []
+        for _ in range(REPEATS):
+            begin = time.perf_counter()
+            jax.block_until_ready(programs.round(shape, control, None))
+            taken.append(time.perf_counter() - begin)
+        seconds[shape.group, shape.budget] = statistics.median(taken)
+    return seconds

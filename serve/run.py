@@ -1,0 +1,119 @@
+"""From settings to a server: find, load, compile, then answer until told to stop."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
+from dspark_jax.serve.http.app import make_app
+from dspark_jax.serve.http.settings import HttpSettings, ServedModel
+from dspark_jax.serve.listen import bind, serve_until_stopped
+from dspark_jax.serve.models import Loaded, Named, find, load
+from dspark_jax.serve.settings import ServeSettings, Speculation
+from dspark_jax.serve.terminal import answer
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def run(settings: ServeSettings, speculation: Speculation) -> int:
+    """Serve, or answer `--prompt`; the exit code."""
+    console = Console(stderr=settings.prompt is not None, highlight=False)
+    listening = None if settings.prompt is not None else bind(settings.host, settings.port)
+    keep_compiled(settings.compilation_cache)
+    named = find(
+        settings.checkpoint or speculation.model,
+        settings.target,
+        speculation.num_speculative_tokens != 0,
+    )
+    dtype = None if settings.dtype == "auto" else settings.dtype
+    with bar(console) as progress:
+        reading = progress.add_task("reading the target")
+        loaded = load(named, dtype, partial(_show, progress, reading))
+    sizes = choose_sizes(settings, speculation, loaded)
+    name = settings.served_model_name or str(settings.target or _name(named, loaded))
+    introduce(console, name, named, loaded, plan(loaded, sizes))
+    with bar(console) as progress:
+        compiling = progress.add_task("compiling programs")
+        built = build(
+            settings, speculation, loaded, sizes, name, partial(_show, progress, compiling)
+        )
+    for line in told(built.seconds):
+        console.print(line, style="dim")
+    built.engine.start()
+    try:
+        if listening is None:
+            return answer(settings, built, loaded.files.tokenizer)
+        app = make_app(
+            built.engine, served(settings, built, loaded, name), http(settings), built.metrics
+        )
+        return serve_until_stopped(app, built.engine, listening, settings, console)
+    finally:
+        built.engine.stop()
+
+
+def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> ServedModel:
+    """What the HTTP side speaks for."""
+    sizes = built.sizes
+    length = settings.max_model_len or sizes.longest * sizes.page
+    return ServedModel(
+        name=name,
+        tokenizer=loaded.files.tokenizer,
+        vocab_size=sizes.vocabulary,
+        max_model_len=length,
+        end_tokens=loaded.files.ends,
+        draft_length=sizes.verified,
+    )
+
+
+def http(settings: ServeSettings) -> HttpSettings:
+    """Limits and doors."""
+    key = settings.api_key or os.environ.get("DSPARK_API_KEY")
+    return HttpSettings(
+        api_keys=() if not key else (key,),
+        allowed_origins=settings.allowed_origins,
+        request_timeout_seconds=settings.request_timeout,
+        per_request_spec_decode_metrics=settings.per_request_spec_decode_metrics,
+    )
+
+
+def keep_compiled(folder: Path | None) -> None:
+    """Programs compiled once are found again at the next start."""
+    if folder is None and CACHE in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = folder or home / "dspark-jax" / "compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def introduce(
+    console: Console, name: str, named: Named, loaded: Loaded, bytes_of: dict[str, int]
+) -> None:
+    """Model, draft, device and memory, before anything slow."""
+    draft = "no draft: plain decoding"
+    if loaded.draft_config is not None:
+        config = loaded.draft_config
+        draft = f"draft {named.draft}: {config.draft_length} tokens a block"
+    device = jax.devices()[0]
+    memory = ", ".join(f"{what} {size / 1e9:.3f} GB" for what, size in bytes_of.items())
+    console.print(f"[bold]{name}[/bold] ({loaded.files.folder})")
+    console.print(f"{draft}\n{device.platform} {device.device_kind}: {memory}")
+
+
+def bar(console: Console) -> Progress:
+    """A progress bar that is gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
+def _show(progress: Progress, task: object, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)  # pyright: ignore[reportArgumentType]
+
+
+def _name(named: Named, loaded: Loaded) -> str:
+    return named.target if isinstance(named.target, str) else loaded.files.folder.name

@@ -1,0 +1,128 @@
+"""Flags of `python -m dspark_jax.serve`, named as vLLM's users know them."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+LENGTH_LIMIT = 4096
+"""Of prompt and answer together, where neither the flag nor the model says less."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Serve a target with its draft behind the OpenAI API, or answer one --prompt."""
+
+    checkpoint: str | None = None
+    """A training run, an imported draft, or a draft's folder or hub id; else the embedded one."""
+    target: str | None = None
+    """Folder or hub id; by default the one that the checkpoint was made for."""
+    speculative_config: str | None = None
+    """vLLM's JSON: method, model, num_speculative_tokens (0: plain decoding), draft_sample_method
+    (greedy or probabilistic), enable_adaptive_verification."""
+    prompt: str | None = None
+    """Answer this in the terminal instead of serving."""
+    max_tokens: int = 256
+    """Of the answer to --prompt."""
+    temperature: float = 0.0
+    """Of the answer to --prompt."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    max_model_len: int | None = None
+    """Prompt and answer together, in tokens; by default what the model allows, 4,096 at most."""
+    max_num_seqs: int = 8
+    """Sequences decoded at the same time; a program is compiled for every power of two up to it."""
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
+    block_size: int = 16
+    """Rows of a cache page."""
+    num_gpu_blocks_override: int | None = None
+    """Cache pages; by default enough for every sequence at its longest."""
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: as stored, float32 on a CPU."""
+    seed: int = 0
+    """Chooses the seeds of requests that name none, when it is not 0."""
+    api_key: str | None = None
+    """Better in DSPARK_API_KEY, which other users of the machine cannot list."""
+    allowed_origins: tuple[str, ...] = ()
+    per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = "none"
+    request_timeout: float | None = None
+    """Seconds in the queue and running; then 504."""
+    shutdown_timeout: float = 30.0
+    """Seconds that answers may take to finish after SIGTERM."""
+    compilation_cache: Path | None = None
+    """Where compiled programs are kept for the next start; else in the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What `--speculative-config` says."""
+
+    model: str | None = None
+    num_speculative_tokens: int | None = None
+    """None: as many as the draft was trained for."""
+    draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
+    enable_adaptive_verification: bool = True
+    method: str = "dspark"
+
+
+METHODS = ("dspark", "dflash")
+
+
+def read_speculation(text: str | None) -> Speculation:
+    """The JSON of `--speculative-config`; ValueError names what cannot be used."""
+    if text is None:
+        return Speculation()
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--speculative-config is no JSON ({error}): {text}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"--speculative-config must be a JSON object, not {text}.")
+    known = {f.name: f.type for f in fields(Speculation)}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(
+            f"--speculative-config has {', '.join(unknown)}, which means nothing here; it may have "
+            f"{', '.join(sorted(known))}."
+        )
+    config = Speculation(**given)
+    if config.method not in METHODS:
+        raise ValueError(
+            f"method {config.method!r} is not served; served are {' and '.join(METHODS)}."
+        )
+    if config.draft_sample_method not in ("greedy", "probabilistic"):
+        raise ValueError(
+            f"draft_sample_method {config.draft_sample_method!r} is neither greedy nor "
+            "probabilistic."
+        )
+    count = config.num_speculative_tokens
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise ValueError(f"num_speculative_tokens {count!r} is no number of tokens.")
+    if not isinstance(config.enable_adaptive_verification, bool):
+        raise ValueError("enable_adaptive_verification must be true or false.")
+    return config
+
+
+def check(settings: ServeSettings) -> None:
+    """Raise ValueError on settings that cannot work, before anything is loaded."""
+    positive = ("max_num_seqs", "block_size", "max_tokens", "max_queued_requests")
+    for name in positive:
+        if getattr(settings, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(settings, name)} must be 1 or more."
+            )
+    if settings.max_model_len is not None and settings.max_model_len < 2:
+        raise ValueError(f"--max-model-len {settings.max_model_len} must be 2 or more.")
+    if not 0 <= settings.port < 65536:
+        raise ValueError(f"--port {settings.port} must be from 0 to 65535.")
+    if settings.tensor_parallel_size != 1:
+        raise ValueError(
+            f"--tensor-parallel-size {settings.tensor_parallel_size} is not served yet: the engine "
+            "runs on one device. Export the draft and serve it with vLLM or SGLang meanwhile."
+        )
+    if not 0 <= settings.temperature <= 2:
+        raise ValueError(f"--temperature {settings.temperature} must be from 0 to 2.")
