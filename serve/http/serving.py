@@ -28,7 +28,10 @@ class Serving:
         self.prompts = Prompts(model, settings)
         self.grammars = Grammars(model, settings)
         self.draining = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The loop everything runs on, from the start of the application."""
         self._runs: set[Run] = set()
+        self._texts: dict[int, str] = {}
 
     @property
     def load(self) -> int:
@@ -39,6 +42,14 @@ class Serving:
     def healthy(self) -> bool:
         """The engine is ready, and new work is welcome."""
         return self.engine.ready and not self.draining
+
+    def token_text(self, token: int, as_id: bool = False) -> str:
+        """A token as logprobs show it: by itself, or as `token_id:5`."""
+        if as_id:
+            return f"token_id:{token}"
+        if token not in self._texts:
+            self._texts[token] = self.model.tokenizer.decode([token])
+        return self._texts[token]
 
     def abort_all(self, message: str = DRAINING) -> None:
         """End every request with an error; to be called on the event loop."""
