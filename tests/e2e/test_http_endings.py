@@ -1,9 +1,15 @@
 """How answers end: stop strings, clients that leave or do not read, engines that fail, drains."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +21,7 @@ from tests.serving import FULL, ScriptedEngine, Server, saying, served, serving,
 
 TEXT = "one, two, three, four, five, six, seven, eight, nine, ten"
 SLOW = 0.02
+ROOT = Path(__file__).parents[2]
 
 
 def streamed(client: httpx.Client, **body: Any) -> list[dict[str, Any]]:
@@ -196,8 +203,7 @@ def test_what_a_drain_cannot_wait_for_ends_with_an_error() -> None:
         ) as reply:
             lines = reply.iter_lines()
             next(lines)
-            state = server.app.state.serving
-            state.loop.call_soon_threadsafe(state.abort_all, "The server is shutting down.")
+            server.app.state.serving.abort_all("The server is shutting down.")
             *_, error, done = [line for line in lines if line]
         assert done == "data: [DONE]"
         assert json.loads(error[6:])["error"]["message"] == "The server is shutting down."
@@ -228,3 +234,58 @@ def test_sixty_clients_at_once_are_all_answered() -> None:
             body = {"prompt": [9], "max_tokens": 20, "stream": True}
             asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(60)]
             assert all(b"[DONE]" in each.result().content for each in asked)
+
+
+PROGRAM = """
+import sys
+from tests.serving import ScriptedEngine, served
+from dspark_jax.serve.http.app import make_app
+from dspark_jax.serve.http.listen import listen
+listen(make_app(ScriptedEngine(round_seconds=0.05), served()), "127.0.0.1", int(sys.argv[1]), 20.0)
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        return made.getsockname()[1]
+
+
+@contextmanager
+def listening() -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """The server as a process of its own."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(port)], cwd=ROOT)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            until(lambda: healthy(client), 60)
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_drains_and_a_second_one_stops(signals: int) -> None:
+    with listening() as (process, client):
+        body = {"prompt": [9], "max_tokens": 100, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            received = [line for line in lines if line]
+        assert received[-1] == "data: [DONE]"
+        last = json.loads(received[-2][6:])
+        if signals == 1:
+            assert last["choices"][0]["finish_reason"] == "length"
+        else:
+            assert "shutting down" in last["error"]["message"]
+        assert process.wait(10) == 0
