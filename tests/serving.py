@@ -1,6 +1,7 @@
 """A server for tests: a scripted engine in its own thread behind a real uvicorn on a real port."""
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -227,7 +228,10 @@ def serving(
     thread = threading.Thread(target=server.run, name="http", daemon=True)
     thread.start()
     until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    listening = server.servers[0].sockets[0]
+    # Connections inherit it: a client that does not read is noticed after little.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+    port = listening.getsockname()[1]
     try:
         yield Server(f"http://127.0.0.1:{port}", engine, app, metrics, server)
     finally:

@@ -73,9 +73,9 @@ class Answer:
             self.index,
             text,
             tokens,
-            arrival.logprobs[: len(tokens)],
+            tuple(arrival.logprobs[: len(tokens)]),
             texts,
-            arrival.rounds,
+            tuple(arrival.rounds),
             finish,
             stop_reason,
         )
@@ -107,7 +107,7 @@ class Answer:
             certain.append(self._stops.push(texts[-1], self._armed()))
             if self._stops.found is not None:
                 break
-        return arrival.tokens[: len(texts)], tuple(texts), "".join(certain)
+        return tuple(arrival.tokens[: len(texts)]), tuple(texts), "".join(certain)
 
     def _measure(self, arrival: Arrival) -> None:
         metrics = self._metrics

@@ -1,5 +1,6 @@
 """The application: every route behind keys and limits, every failure with the one body."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        serving.loop = asyncio.get_running_loop()
         yield
         serving.close()
 

@@ -158,5 +158,5 @@ class Reply:
         return self._shown(found.token, found.logprob) | {"top_logprobs": top}
 
     def _shown(self, token: int, value: float) -> dict[str, Any]:
-        text = works.token_text(self._serving, token, self._request.return_tokens_as_token_ids)
+        text = self._serving.token_text(token, self._request.return_tokens_as_token_ids)
         return {"token": text, "logprob": max(value, LOWEST), "bytes": list(text.encode())}

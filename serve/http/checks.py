@@ -10,6 +10,8 @@ from dspark_jax.serve.http.settings import HttpSettings, ServedModel
 from dspark_jax.serve.messages import SamplingParams
 
 MAX_LOGPROBS = 20
+LOWEST_TEMPERATURE = 0.01
+"""Logits divided by less overflow; vLLM raises it to the same."""
 MAX_STOP_CHARS = 1024
 MAX_NAME_CHARS = 256
 NOT_SERVED = (
@@ -165,6 +167,8 @@ def sampling(request: Generation, model: ServedModel) -> SamplingParams:
         model.default_sampling, seed=request.seed, logit_bias=_bias(request, model), **given
     )
     _ranges(found)
+    if 0 < found.temperature < LOWEST_TEMPERATURE:
+        found = replace(found, temperature=LOWEST_TEMPERATURE)
     if request.n > 1 and found.temperature == 0:
         raise bad(f"n must be 1 when using greedy sampling, got {request.n}.", "n")
     return found

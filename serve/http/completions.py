@@ -129,7 +129,7 @@ class Reply:
         as_id = self._request.return_tokens_as_token_ids
         tokens, offsets = [], []
         for each in found:
-            tokens.append(works.token_text(self._serving, each.token, as_id))
+            tokens.append(self._serving.token_text(each.token, as_id))
             offsets.append(self._offsets[index])
             self._offsets[index] += len(tokens[-1])
         return {
@@ -142,8 +142,8 @@ class Reply:
     def _top(self, each: TokenLogprob, as_id: bool) -> dict[str, float]:
         pairs = [(each.token, each.logprob), *each.top]
         told = {token: value for token, value in pairs}
-        name = works.token_text
-        return {name(self._serving, t, as_id): max(value, LOWEST) for t, value in told.items()}
+        name = self._serving.token_text
+        return {name(t, as_id): max(value, LOWEST) for t, value in told.items()}
 
 
 def _joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

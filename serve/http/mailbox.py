@@ -4,42 +4,42 @@ import asyncio
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dspark_jax.serve.messages import Delta, Finish, Sink, TokenLogprob
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arrival:
     """One delta of answer `index`, or several joined; `at` is when the last came (monotonic)."""
 
     index: int
     at: float
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    rounds: tuple[tuple[int, int], ...]
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    rounds: list[tuple[int, int]]
     """(verified, accepted) of each round that drafted."""
     cached_tokens: int | None
     finish: Finish | None
     stop_reason: int | None
     error: str | None
 
-    def joined(self, later: "Arrival") -> "Arrival":
-        """Both as one."""
-        cached = self.cached_tokens
-        return replace(
-            later,
-            tokens=self.tokens + later.tokens,
-            logprobs=self.logprobs + later.logprobs,
-            rounds=self.rounds + later.rounds,
-            cached_tokens=later.cached_tokens if cached is None else cached,
-        )
+    def join(self, later: "Arrival") -> None:
+        """Take in what came after."""
+        self.at = later.at
+        self.tokens += later.tokens
+        self.logprobs += later.logprobs
+        self.rounds += later.rounds
+        if self.cached_tokens is None:
+            self.cached_tokens = later.cached_tokens
+        self.finish, self.stop_reason = later.finish, later.stop_reason
+        self.error = later.error
 
 
 class Mailbox:
-    """Deltas of one request's answers, in order; more than `limit` are joined, never lost.
+    """Deltas of one request's answers, in order; beyond `limit` they are joined, never lost.
 
-    Its size is thereby bounded by the answers' own lengths. `sink` makes what the engine calls;
+    What waits is thereby bounded by the answers' own lengths. `sink` makes what the engine calls;
     `take` belongs to the loop the mailbox was made in.
     """
 
@@ -48,6 +48,7 @@ class Mailbox:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._waiting: deque[Arrival] = deque()
+        self._latest: dict[int, Arrival] = {}
         self._filled = asyncio.Event()
         self._failure: Exception | None = None
 
@@ -59,9 +60,12 @@ class Mailbox:
         """Leave a delta; any thread may, and returns at once."""
         with self._lock:
             first = not self._waiting
+            latest = self._latest.get(arrival.index)
+            if latest is not None and len(self._waiting) >= self._limit:
+                latest.join(arrival)
+                return
             self._waiting.append(arrival)
-            if len(self._waiting) > self._limit:
-                self._join()
+            self._latest[arrival.index] = arrival
         if first:
             self._wake()
 
@@ -71,14 +75,6 @@ class Mailbox:
         except RuntimeError:
             # The loop is closed: the server is gone, and with it whoever wanted this.
             return
-
-    def _join(self) -> None:
-        """One delta per answer: everything of one answer joined, in the order of their firsts."""
-        joined: dict[int, Arrival] = {}
-        for arrival in self._waiting:
-            earlier = joined.get(arrival.index)
-            joined[arrival.index] = earlier.joined(arrival) if earlier else arrival
-        self._waiting = deque(joined.values())
 
     def fail(self, failure: Exception) -> None:
         """Give up: whoever takes gets `failure`; on the loop."""
@@ -92,18 +88,21 @@ class Mailbox:
                 raise self._failure
             with self._lock:
                 if self._waiting:
-                    return self._waiting.popleft()
+                    oldest = self._waiting.popleft()
+                    if self._latest[oldest.index] is oldest:
+                        del self._latest[oldest.index]
+                    return oldest
                 self._filled.clear()
             await self._filled.wait()
 
 
 def _arrival(index: int, delta: Delta) -> Arrival:
-    rounds = () if delta.verified is None else ((delta.verified, delta.accepted),)
+    rounds = [] if delta.verified is None else [(delta.verified, delta.accepted)]
     return Arrival(
         index,
         time.monotonic(),
-        delta.tokens,
-        delta.logprobs,
+        list(delta.tokens),
+        list(delta.logprobs),
         rounds,
         delta.cached_tokens,
         delta.finish,

@@ -14,6 +14,8 @@ from dspark_jax.serve.http.settings import HttpSettings, ServedModel
 from dspark_jax.serve.messages import BusyError, Engine, Work
 from dspark_jax.serve.metrics import Metrics
 
+DRAIN_POLL_SECONDS = 0.05
+
 
 class Serving:
     """What every route works with; `draining` turns new work away while the old is finished."""
@@ -28,7 +30,10 @@ class Serving:
         self.prompts = Prompts(model, settings)
         self.grammars = Grammars(model, settings)
         self.draining = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The loop everything runs on, from the start of the application."""
         self._runs: set[Run] = set()
+        self._texts: dict[int, str] = {}
 
     @property
     def load(self) -> int:
@@ -40,10 +45,37 @@ class Serving:
         """The engine is ready, and new work is welcome."""
         return self.engine.ready and not self.draining
 
+    def token_text(self, token: int, as_id: bool = False) -> str:
+        """A token as logprobs show it: by itself, or as `token_id:5`."""
+        if as_id:
+            return f"token_id:{token}"
+        if token not in self._texts:
+            self._texts[token] = self.model.tokenizer.decode([token])
+        return self._texts[token]
+
     def abort_all(self, message: str = DRAINING) -> None:
-        """End every request with an error; to be called on the event loop."""
+        """End every request with an error; from any thread."""
+        assert self.loop is not None, "the application has not started"
+        self.loop.call_soon_threadsafe(self._abort_all, message)
+
+    def _abort_all(self, message: str) -> None:
         for run in list(self._runs):
             run.fail(failed(503, message))
+
+    async def drain(self, seconds: float) -> bool:
+        """Take nothing new and let what runs end; after `seconds` end it with an error.
+
+        False when something had to be ended.
+        """
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                while self._runs:
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        except TimeoutError:
+            self._abort_all(DRAINING)
+            return False
+        return True
 
     def run(self, works: Sequence[Work], rules: TextRules) -> "Run":
         """Queue the answers of one request; 503 when the queue or the server takes none.

@@ -131,11 +131,6 @@ def closing(serving: Serving, asked: Asked) -> dict[str, Any]:
     return found
 
 
-def token_text(serving: Serving, token: int, as_id: bool = False) -> str:
-    """A token as logprobs show it."""
-    return f"token_id:{token}" if as_id else serving.model.tokenizer.decode([token])
-
-
 def details(piece: Piece) -> dict[str, Any]:
     """Ours, for who asks with `dspark_details`: which tokens a chunk holds, and how it came.
 

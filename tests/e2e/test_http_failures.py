@@ -1,4 +1,4 @@
-"""What the server answers to bad requests: vLLM's statuses, one body, and nothing of our insides."""
+"""What bad requests get: vLLM's statuses, one body, and nothing of our insides."""
 
 import json
 from collections.abc import Iterator
@@ -115,7 +115,7 @@ TABLE = [
         message="temperature must be non-negative, got -1.0."),
     Row("temp 3", p(temperature=3), OWN, "temperature"),
     Row("temp NaN", b'{"model":"tiny","prompt":[100],"temperature":NaN}', OWN, "temperature"),
-    Row("temp Infinity", b'{"model":"tiny","prompt":[100],"temperature":1e999}', OWN, "temperature"),
+    Row("temp Infinity", b'{"prompt":[100],"temperature":1e999}', OWN, "temperature"),
     Row("temp str", p(temperature="hot"), BAD, "body.temperature"),
     Row("top_p 0", p(top_p=0), OWN, "top_p"),
     Row("top_p 2", p(top_p=2), OWN, "top_p"),

@@ -1,0 +1,70 @@
+"""Serves an application on a port until a signal, and lets running answers end first."""
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from dspark_jax.serve.http.serving import Serving
+
+LOG = logging.getLogger("dspark_jax.serve")
+KEEP_ALIVE_SECONDS = 5
+MAX_HEADER_BYTES = 65_536
+CLOSING_SECONDS = 5
+"""How long a connection may take to receive what was written when its answer ended."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains at the first SIGTERM or SIGINT, stops at the second; `run` then returns."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving, drain_seconds: float):
+        super().__init__(config)
+        self._serving = serving
+        self._drain_seconds = drain_seconds
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Follow a signal; uvicorn raises it again in the end, which is no exit code 0."""
+        loop = self._serving.loop
+        if loop is None:
+            self.should_exit = True
+        else:
+            loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        if self._draining is not None:
+            self._serving.abort_all()
+            self.should_exit = True
+            return
+        LOG.warning("draining for up to %s s; another signal stops at once", self._drain_seconds)
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        if not await self._serving.drain(self._drain_seconds):
+            LOG.warning("answers were cut off after %s s", self._drain_seconds)
+        self.should_exit = True
+
+
+def listen(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> None:
+    """Serve until a signal has been followed; `app` is `make_app`'s.
+
+    OSError when the port is taken.
+    """
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        log_level="info",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
+    # Bound here: uvicorn would end the process where the caller has something to say.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as bound:
+        DrainingServer(config, app.state.serving, drain_seconds).run([bound])
