@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,11 +44,12 @@ class Batch:
         grammars: Grammars,
         ends: frozenset[int],
         metrics: Metrics,
+        seconds: Mapping[Shape, float],
         draft_greedily: bool = False,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
         self.grammars, self.ends, self.draft_greedily = grammars, ends, draft_greedily
-        self.metrics = metrics
+        self.metrics, self.seconds = metrics, seconds
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pending: deque[Round] = deque()
@@ -138,7 +140,7 @@ class Batch:
         if not chosen:
             return False
         shape, caps = self._shape(chosen)
-        control = self.programs.control(shape.group)
+        control = self.programs.control(shape.group, shape.pages)
         edits = self.programs.edits(shape.group) if shape.edited else None
         for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
             self._fill(control, row, sequence, cap)
@@ -158,8 +160,11 @@ class Batch:
         caps = [min(sizes.verified, s.remaining - 1) if s.drafted_for else 0 for s in chosen]
         edited = any(s.edited or s.work.logprobs is not None for s in chosen)
         choice = (budgets[0], budgets[-1]) if edited and len(budgets) > 1 else budgets
-        budget = self.policy.budget(choice, group, [s.confidence for s in chosen], caps)
-        return Shape(group, budget, edited), caps
+        held = max(len(s.pages) for s in chosen)
+        pages = sizes.longest if edited else next(p for p in sizes.contexts if p >= held)
+        costs = {b: self.seconds.get(Shape(group, b, pages, False), 0.0) for b in choice}
+        budget = self.policy.budget(costs, [s.confidence for s in chosen], caps)
+        return Shape(group, budget, pages, edited), caps
 
     def _fill(self, control: Control, row: int, sequence: Sequence, cap: int) -> None:
         """Write one sequence into the host's arrays."""
@@ -214,7 +219,7 @@ class Batch:
     def _collect(self, round_: Round) -> None:
         """Hear of a round and pass it on, sequence by sequence."""
         result = jax.device_get(round_.result)
-        group, budget, _ = round_.shape
+        group, budget = round_.shape[:2]
         served = slice(len(round_.sequences))
         verified, accepted = result.verified[served].sum(), result.accepted[served].sum()
         count = len(round_.sequences)

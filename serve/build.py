@@ -13,7 +13,7 @@ from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.profile import measure
-from dspark_jax.serve.programs import Programs, Sizes
+from dspark_jax.serve.programs import Programs, Shape, Sizes
 from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
 
 CHUNKS = (32, 128, 512)
@@ -26,7 +26,7 @@ class Built(NamedTuple):
     engine: ThreadedEngine
     sizes: Sizes
     metrics: Metrics
-    seconds: Mapping[tuple[int, int], float]
+    seconds: Mapping[Shape, float]
 
 
 def choose_sizes(settings: ServeSettings, speculation: Speculation, loaded: Loaded) -> Sizes:
@@ -94,18 +94,20 @@ def build(
     batch = Batch(
         programs,
         Pages(sizes.pages, sizes.page, settings.enable_prefix_caching),
-        Policy("adaptive" if adaptive else "fixed", sizes.verified, seconds),
+        Policy("adaptive" if adaptive else "fixed", sizes.verified),
         Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends),
         frozenset(loaded.files.ends),
         metrics,
+        seconds,
         draft_greedily=speculation.draft_sample_method == "greedy",
     )
     limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
     return Built(ThreadedEngine(batch, limits, metrics), sizes, metrics, seconds)
 
 
-def told(seconds: Mapping[tuple[int, int], float]) -> Iterator[str]:
-    """The measured costs, a line per group."""
-    for group in sorted({g for g, _ in seconds}):
-        costs = [f"{b}: {1e3 * s:.2f}" for (g, b), s in sorted(seconds.items()) if g == group]
-        yield f"{group} sequences, ms by verified rows: {', '.join(costs)}"
+def told(seconds: Mapping[Shape, float], page: int) -> Iterator[str]:
+    """The measured costs, a line per group and context."""
+    for group, pages in sorted({(s.group, s.pages) for s in seconds}):
+        costs = {s.budget: t for s, t in seconds.items() if (s.group, s.pages) == (group, pages)}
+        listed = ", ".join(f"{budget}: {1e3 * t:.2f}" for budget, t in sorted(costs.items()))
+        yield f"{group} sequences of up to {pages * page} tokens, ms by verified rows: {listed}"

@@ -18,11 +18,10 @@ MARGIN = 1.03
 
 @dataclass
 class Policy:
-    """Chooses budgets. `seconds[group, budget]` is what a round takes, measured at the start."""
+    """Chooses budgets: all that there is to verify, or what promises most tokens per second."""
 
     kind: Literal["fixed", "adaptive"]
     draft_length: int
-    seconds: Mapping[tuple[int, int], float] = field(default_factory=dict)
     drafting: bool = True
     plain_rounds: int = 0
     survival: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -33,16 +32,17 @@ class Policy:
 
     def budget(
         self,
-        budgets: Sequence[int],
-        group: int,
+        seconds: Mapping[int, float],
         confidences: Sequence[Sequence[float]],
         caps: Sequence[int],
     ) -> int:
-        """One of `budgets`, ascending, of which the first drafts nothing.
+        """One of the budgets of `seconds`, ascending, of which the first drafts nothing.
 
+        `seconds` are what a round of each takes, as measured; a fixed policy does not ask.
         `confidences` are those of every sequence's last block, empty where there was none; `caps`
         bound the drafts of each sequence.
         """
+        budgets = list(seconds)
         if not any(caps):
             return budgets[0]
         if self.kind == "fixed":
@@ -56,7 +56,7 @@ class Policy:
         def rate(budget: int) -> float:
             drafts = min(max(budget - active, 0), len(gains))
             drafts = 0 if budget == budgets[0] else drafts
-            return (active + promised[drafts]) / self.seconds[group, budget]
+            return (active + promised[drafts]) / seconds[budget]
 
         plain, best = budgets[0], max(budgets[1:], key=rate)
         likes = rate(best) > rate(plain) * (MARGIN if not self.drafting else 1 / MARGIN)

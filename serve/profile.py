@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import jax
 
-from dspark_jax.serve.programs import Programs
+from dspark_jax.serve.programs import Programs, Shape
 
 REPEATS = 5
 
 
-def measure(programs: Programs) -> Mapping[tuple[int, int], float]:
-    """Seconds of a round by (sequences, verified rows): the median of a few.
+def measure(programs: Programs) -> Mapping[Shape, float]:
+    """Seconds of every kind of round: the median of a few.
 
     The rounds serve sequences without pages, so they leave nothing behind: they cost what any
     others do, since shapes alone decide.
@@ -21,7 +21,7 @@ def measure(programs: Programs) -> Mapping[tuple[int, int], float]:
     for shape in programs.shapes():
         if shape.edited:
             continue
-        control = programs.control(shape.group)
+        control = programs.control(shape.group, shape.pages)
         control.slot[:] = range(shape.group)
         control.fresh[:], control.cap[:] = True, programs.sizes.verified
         taken = []
@@ -29,5 +29,5 @@ def measure(programs: Programs) -> Mapping[tuple[int, int], float]:
             begin = time.perf_counter()
             jax.block_until_ready(programs.round(shape, control, None))
             taken.append(time.perf_counter() - begin)
-        seconds[shape.group, shape.budget] = statistics.median(taken)
+        seconds[shape] = statistics.median(taken)
     return seconds

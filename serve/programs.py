@@ -24,6 +24,10 @@ from dspark_jax.paged_loop import (
 from dspark_jax.truncation import Edits, Truncation
 from dspark_jax.types import Draft, Rows, Target
 
+SHORTEST_CONTEXT, NARROWING = 256, 8
+"""Attention over all that a sequence could hold is for those that hold it: every context is this
+many times narrower than the next, as long as it holds so many rows."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -43,6 +47,14 @@ class Sizes:
     """Prompt rows read at a time, ascending."""
 
     @property
+    def contexts(self) -> tuple[int, ...]:
+        """Pages that a round's attention covers: what most answers need, and the longest."""
+        found = [self.longest]
+        while found[0] * self.page >= SHORTEST_CONTEXT * NARROWING:
+            found.insert(0, -(-found[0] // NARROWING))
+        return tuple(found)
+
+    @property
     def groups(self) -> tuple[int, ...]:
         """How many sequences a round may serve: powers of two up to the slots."""
         powers = [1 << i for i in range(self.slots.bit_length()) if 1 << i < self.slots]
@@ -58,10 +70,12 @@ class Sizes:
 
 
 class Shape(NamedTuple):
-    """A round's program: sequences, verified rows, and whether logits are edited and reported."""
+    """A round's program: sequences, verified rows, pages of a sequence, and whether logits are
+    edited and reported."""
 
     group: int
     budget: int
+    pages: int
     edited: bool
 
 
@@ -78,11 +92,14 @@ class Programs:
         self.state = self._empty()
 
     def shapes(self) -> Iterator[Shape]:
-        """Of all rounds. Edited ones verify everything or nothing."""
-        for group in self.sizes.groups:
-            budgets = self.sizes.budgets(group)
-            yield from (Shape(group, budget, False) for budget in budgets)
-            yield from (Shape(group, budget, True) for budget in {budgets[0], budgets[-1]})
+        """Of all rounds. Edited ones, which are few, verify everything or nothing."""
+        sizes = self.sizes
+        for group in sizes.groups:
+            budgets = sizes.budgets(group)
+            for pages in sizes.contexts:
+                yield from (Shape(group, budget, pages, False) for budget in budgets)
+            ends = {budgets[0], budgets[-1]}
+            yield from (Shape(group, budget, sizes.longest, True) for budget in ends)
 
     @property
     def count(self) -> int:
@@ -133,7 +150,7 @@ class Programs:
         """Begin with empty caches again, after a step failed and took the state with it."""
         self.state = self._empty()
 
-    def control(self, group: int) -> Control:
+    def control(self, group: int, pages: int) -> Control:
         """A round in which nobody takes part, to be filled in."""
         sizes, zeros = self.sizes, partial(np.zeros, group)
         truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
@@ -142,7 +159,7 @@ class Programs:
             "fresh": zeros(bool),
             "anchor": zeros(np.int32),
             "length": zeros(np.int32),
-            "pages": np.zeros((group, sizes.longest), np.int32),
+            "pages": np.zeros((group, pages), np.int32),
             "cap": zeros(np.int32),
             "key": np.zeros((group, 2), np.uint32),
             "temperature": zeros(np.float32),
@@ -164,7 +181,7 @@ class Programs:
         return Edits(**arrays)
 
     def _compile_round(self, shape: Shape) -> Any:
-        control = self.control(shape.group)
+        control = self.control(shape.group, shape.pages)
         edits = self.edits(shape.group) if shape.edited else None
         given = (self.weights, self.state, control, edits)
         if shape.budget == shape.group:

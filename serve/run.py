@@ -41,7 +41,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         built = build(
             settings, speculation, loaded, sizes, name, partial(_show, progress, compiling)
         )
-    for line in told(built.seconds):
+    for line in told(built.seconds, sizes.page):
         console.print(line, style="dim")
     built.engine.start()
     try:
