@@ -179,10 +179,14 @@ def plain_round(
     active = control.slot < len(state.anchor)
     keys = jax.random.wrap_key_data(control.key)
     with jax.named_scope("verify"):
+        # A row alone would be written by copying the whole cache: it gets one of padding beside it.
+        beside = ((0, 0), (0, 1 if len(anchor) == 1 else 0))
         position = jnp.where(active, length, BEYOND)[:, None]
-        rows = Rows(anchor[:, None], position, control.pages)
+        position = jnp.pad(position, beside, constant_values=BEYOND)
+        rows = Rows(jnp.pad(anchor[:, None], beside), position, control.pages)
         target_cache, states = target.extend(weights.target, state.target_cache, rows)
-        logits, finite = _numbers(target.logits(weights.target, states.final_hidden))
+        logits = target.logits(weights.target, states.final_hidden[:, :1])
+        logits, finite = _numbers(logits)
     drawn = _drawn(logits, control, edits)
     token = sample(drawn[:, 0], control.temperature, keys, length)
     given = (states.aux_hidden, position, control.pages)
