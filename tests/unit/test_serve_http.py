@@ -16,7 +16,7 @@ from dspark_jax.serve.http.grammar import Grammars
 from dspark_jax.serve.http.limits import too_deep
 from dspark_jax.serve.http.mailbox import Arrival, Mailbox
 from dspark_jax.serve.http.protocol import CompletionRequest
-from dspark_jax.serve.http.settings import HttpSettings
+from dspark_jax.serve.http.settings import HttpSettings, read_keys
 from dspark_jax.serve.http.speculation import speculation
 from dspark_jax.serve.messages import Delta
 from dspark_jax.serve.metrics import Metrics
@@ -194,3 +194,20 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
 def suffixed(name: str) -> set[str]:
     """What a family's samples may be called."""
     return {name + end for end in ("", "_total", "_bucket", "_sum", "_count")}
+
+
+def test_keys_come_from_the_environment_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    monkeypatch.delenv("DSPARK_API_KEY", raising=False)
+    assert read_keys(None) == ()
+    file.write_text("one\n\n two \n")
+    monkeypatch.setenv("DSPARK_API_KEY", "zero")
+    assert read_keys(file) == ("zero", "one", "two")
+    for text in ("", "\n", "a b", "schlüssel"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="key"):
+            read_keys(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_keys(tmp_path / "none")
