@@ -62,13 +62,13 @@ class Answer:
         self._measure(arrival)
         tokens, texts, text = self._read(arrival)
         finish, stop_reason = arrival.finish, arrival.stop_reason
-        if self._stops.found is not None:
-            finish, stop_reason = "stop", self._stops.found
-        elif finish:
+        if finish and self._stops.found is None:
             end = self._text.finish()
             text += self._stops.push(end, self._armed()) if end else ""
-            # An unfinished character may still complete a stop string; it is cut all the same.
             text += self._stops.finish()
+        # An unfinished character may have completed one too.
+        if self._stops.found is not None:
+            finish, stop_reason = "stop", self._stops.found
         piece = Piece(
             self.index,
             text,

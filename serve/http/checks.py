@@ -47,7 +47,7 @@ def check(request: Generation, model: ServedModel, settings: HttpSettings) -> No
     """Refuse what cannot be answered: everything but the prompt, the sampling and the grammar."""
     known_model(request.model, model)
     for name in NOT_SERVED:
-        if _given(request, name) not in (None, False, 0, [], ""):
+        if _matters(request, name):
             raise bad(f"{name} is not served here", name)
     _counts(request, model, settings)
     _stops(request, model)
@@ -59,8 +59,12 @@ def check(request: Generation, model: ServedModel, settings: HttpSettings) -> No
         valid_unicode(value or "", name)
 
 
-def _given(request: Generation, name: str) -> Any:
-    return getattr(request, name, None)
+def _matters(request: Generation, name: str) -> bool:
+    """Whether a field asks for something; some clients send every field they know, empty."""
+    value: Any = getattr(request, name, None)
+    if name == "best_of":
+        return value not in (None, request.n)
+    return not (value is None or value is False or value in ("", []))
 
 
 def _counts(request: Generation, model: ServedModel, settings: HttpSettings) -> None:

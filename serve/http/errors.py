@@ -124,7 +124,9 @@ async def _framework(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     # What broke is in the log; a stranger is not told our code's insides.
-    return failed(500, "The server failed to handle this request.").response()
+    # Uvicorn closes the connection after an exception; the client should know not to use it again.
+    close = {"Connection": "close"}
+    return failed(500, "The server failed to handle this request.", headers=close).response()
 
 
 async def _validation(request: Request, error: Exception) -> Response:

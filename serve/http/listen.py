@@ -13,6 +13,7 @@ from dspark_jax.serve.http.serving import Serving
 LOG = logging.getLogger("dspark_jax.serve")
 KEEP_ALIVE_SECONDS = 5
 MAX_HEADER_BYTES = 65_536
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CLOSING_SECONDS = 5
 """How long a connection may take to receive what was written when its answer ended."""
 
@@ -48,11 +49,16 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def listen(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> None:
+def listen(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, drain_seconds: float = 30.0
+) -> None:
     """Serve until a signal has been followed; `app` is `make_app`'s.
 
     OSError when the port is taken.
     """
+    serving: Serving = app.state.serving
+    if host not in LOOPBACK and not serving.settings.api_keys:
+        LOG.warning("%s is open to everyone who reaches it; give it a key", host)
     config = uvicorn.Config(
         app,
         host,
@@ -67,4 +73,4 @@ def listen(app: FastAPI, host: str, port: int, drain_seconds: float = 30.0) -> N
     # Bound here: uvicorn would end the process where the caller has something to say.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as bound:
-        DrainingServer(config, app.state.serving, drain_seconds).run([bound])
+        DrainingServer(config, serving, drain_seconds).run([bound])

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
-
 from dspark_jax.serve.http.checks import in_vocabulary
 from dspark_jax.serve.http.errors import bad, shortened, valid_unicode
 from dspark_jax.serve.http.protocol import CompletionRequest, Message, Templated
@@ -28,7 +26,11 @@ class Prompts:
 
     def __init__(self, model: ServedModel, settings: HttpSettings):
         self._model = model
+        self._most = settings.max_answers
         self._pool = ThreadPoolExecutor(settings.tokenise_threads, "tokenise")
+        # The first call drops truncation and padding that tokenizer.json may ask for; done here,
+        # no later call changes what other threads are reading.
+        model.tokenizer("")
         tokens = model.tokenizer.get_vocab()
         self._max_chars = model.max_model_len * max(map(len, tokens), default=1)
 
@@ -43,6 +45,12 @@ class Prompts:
             raise bad(EMPTY, "prompt")
         several: Sequence[str | list[int]]
         several = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked  # pyright: ignore[reportAssignmentType]
+        if len(several) * request.n > self._most:
+            raise bad(
+                f"a request has at most {self._most} answers, prompts times n; "
+                f"got {len(several) * request.n}.",
+                "prompt",
+            )
         return [await self._one(prompt, request.add_special_tokens) for prompt in several]
 
     async def chat(self, request: Templated) -> tuple[int, ...]:
@@ -132,8 +140,7 @@ def rendered(request: Templated, model: ServedModel) -> str:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
         )
-    except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
-        # Which of them depends on what the template does with a turn it does not know.
+    except Exception as error:  # a template is foreign code: it may raise anything
         raise bad(f"the chat template refuses this: {shortened(error)}", "messages") from None
 
 

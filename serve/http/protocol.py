@@ -12,29 +12,33 @@ INT64 = 2**63
 Token = Annotated[int, Field(ge=0)]
 
 
-class Body(BaseModel):
-    """What all bodies share."""
+class Fields(BaseModel):
+    """Known fields with their types, and any others."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Body(Fields):
+    """What all bodies share; without a name, the one served model is meant."""
 
     model: str | None = None
 
 
-class StreamOptions(Body):
+class StreamOptions(Fields):
     """Whether a stream ends in a chunk of usage, and whether every chunk carries it."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(Fields):
     """OpenAI's way to ask for JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(Fields):
     """vLLM's way to ask for an answer of a form; exactly one is given."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
@@ -94,7 +98,7 @@ class CompletionRequest(Generation):
     add_special_tokens: bool = True
 
 
-class Message(Body):
+class Message(Fields):
     """A turn of a conversation; what else it holds is handed to the template."""
 
     role: str

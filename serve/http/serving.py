@@ -160,12 +160,19 @@ class Run:
                 yield piece
 
     async def _next(self) -> Arrival:
+        loop = asyncio.get_running_loop()
+        # A timeout alone never comes while there is always something to take.
+        if self._deadline is not None and loop.time() > self._deadline:
+            raise self._too_late()
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._mailbox.take()
         except TimeoutError:
-            seconds = self._serving.settings.request_timeout_seconds
-            raise failed(504, f"The answer was not ready within {seconds} seconds.") from None
+            raise self._too_late() from None
+
+    def _too_late(self) -> RequestError:
+        seconds = self._serving.settings.request_timeout_seconds
+        return failed(504, f"The answer was not ready within {seconds} seconds.")
 
     def fail(self, failure: RequestError) -> None:
         """End the request with an error, whatever it waits for; on the event loop."""

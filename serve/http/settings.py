@@ -1,11 +1,15 @@
 """What the HTTP side is told at its start: the model it speaks for, and its limits."""
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from dspark_jax.serve.messages import SamplingParams
+
+KEY_VARIABLE = "DSPARK_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,23 @@ class HttpSettings:
     def key_digests(self) -> tuple[bytes, ...]:
         """SHA-256 of every key: what requests are compared against."""
         return tuple(hashlib.sha256(key.encode()).digest() for key in self.api_keys)
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys in the environment's DSPARK_API_KEY and in a file, one a line.
+
+    Neither shows in a list of processes, as an argument would. ValueError when the file cannot be
+    read, holds no key, or holds one that is not printable ASCII: no header could carry it.
+    """
+    found = [os.environ[KEY_VARIABLE]] if os.environ.get(KEY_VARIABLE) else []
+    if path is not None:
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the keys in {path} cannot be read: {error}.") from error
+        found += [line for line in lines if line]
+        if not any(lines):
+            raise ValueError(f"{path} holds no key; write one a line, or leave the file out.")
+    if not all(key.isascii() and key.isprintable() and " " not in key for key in found):
+        raise ValueError("a key holds other characters than printable ASCII; choose another.")
+    return tuple(found)

@@ -19,9 +19,8 @@ class Detokeniser:
         self._waiting: list[int] = []
         # Some decoders drop the space before the first word they see: let that be the prompt's.
         context = list(prompt[-CONTEXT_TOKENS:])
-        shown = self._backend.decode(context, skip_special_tokens=skip_special_tokens)
-        if not shown or shown.endswith(UNFINISHED):
-            context = []
+        while context and self._shown(context).endswith(UNFINISHED):
+            context.pop()
         self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
 
     def step(self, token: int) -> str:
@@ -44,9 +43,12 @@ class Detokeniser:
         """What still waits: an unfinished character as the tokenizer shows it."""
         return self._afresh() if self._waiting else ""
 
+    def _shown(self, tokens: list[int]) -> str:
+        return self._backend.decode(tokens, skip_special_tokens=self._skip)
+
     def _afresh(self) -> str:
         """Broken bytes cannot be undone by later ones: show them and begin a new stream."""
-        text = self._backend.decode(self._waiting, skip_special_tokens=self._skip)
+        text = self._shown(self._waiting)
         self._waiting.clear()
         self._stream = DecodeStream(skip_special_tokens=self._skip)
         return text

@@ -12,7 +12,6 @@ from fastapi import Request
 from dspark_jax import __version__
 from dspark_jax.serve.http import checks
 from dspark_jax.serve.http.answer import Piece, TextRules
-from dspark_jax.serve.http.errors import bad
 from dspark_jax.serve.http.protocol import ChatRequest, CompletionRequest
 from dspark_jax.serve.http.serving import Run, Serving
 from dspark_jax.serve.http.speculation import speculation
@@ -42,12 +41,6 @@ async def start(
     prefix: str,
 ) -> Asked:
     """Queue all answers of a request that passed `checks.check`."""
-    if len(prompts) * request.n > serving.settings.max_answers:
-        raise bad(
-            f"a request has at most {serving.settings.max_answers} answers, prompts times n; "
-            f"got {len(prompts) * request.n}.",
-            "prompt",
-        )
     sampling = checks.sampling(request, serving.model)
     asked_id = f"{prefix}-{request_id(http, request)}"
     template = Work(

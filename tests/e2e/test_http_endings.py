@@ -85,19 +85,10 @@ def test_a_client_that_leaves_a_stream_is_forgotten() -> None:
         with client.stream("POST", "/v1/completions", json=body) as reply:
             next(reply.iter_lines())
             assert server.engine.load == 2
-        until(lambda: server.engine.load == 0, 1.5)
+        until(lambda: server.engine.load == 0, 5)
         assert len(server.engine.aborts) == 2
         until(lambda: client.get("/load").json() == {"server_load": 0})
         assert server.metric("vllm:request_success_total", finished_reason="abort") == 2
-
-
-def test_a_client_that_leaves_before_its_answer_is_forgotten() -> None:
-    with serving(ScriptedEngine(round_seconds=SLOW)) as server, server.client() as client:
-        body = {"messages": [{"role": "user", "content": "x"}]}
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/chat/completions", json=body, timeout=0.3)
-        until(lambda: server.engine.load == 0, 1.5)
-        assert len(server.engine.aborts) == 1
 
 
 def connected(server: Server, body: dict[str, Any]) -> socket.socket:
@@ -109,6 +100,14 @@ def connected(server: Server, body: dict[str, Any]) -> socket.socket:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     made.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
     return made
+
+
+def test_a_client_that_leaves_before_its_answer_is_forgotten() -> None:
+    with serving(ScriptedEngine(round_seconds=SLOW)) as server:
+        with connected(server, {"prompt": [9], "max_tokens": 500}):
+            until(lambda: server.engine.load == 1)
+        until(lambda: server.engine.load == 0, 5)
+        assert len(server.engine.aborts) == 1
 
 
 def test_a_client_that_does_not_read_is_dropped_and_hinders_nobody() -> None:
@@ -231,7 +230,7 @@ def test_sixty_clients_at_once_are_all_answered() -> None:
     with serving(ScriptedEngine(max_queue=60)) as server:
         limits = httpx.Limits(max_connections=60)
         with server.client(limits=limits) as client, ThreadPoolExecutor(60) as pool:
-            body = {"prompt": [9], "max_tokens": 20, "stream": True}
+            body = {"prompt": "def f(a):" * 20, "max_tokens": 20, "stream": True}
             asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(60)]
             assert all(b"[DONE]" in each.result().content for each in asked)
 

@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from dspark_jax.serve.http.settings import HttpSettings
-from tests.serving import Server, serving
+from dspark_jax.serve.messages import Work
+from tests.serving import ScriptedEngine, Server, served, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 P: dict[str, Any] = {"model": "tiny", "prompt": [100], "max_tokens": 2}
@@ -168,6 +169,7 @@ TABLE = [
     Row("top_logprobs no logprobs", c(top_logprobs=3), OWN, "top_logprobs", path=CHAT),
     Row("suffix", p(suffix="x"), OWN, "suffix"),
     Row("best_of", p(best_of=2), OWN, "best_of"),
+    Row("prompt_logprobs 0", p(prompt_logprobs=0), OWN, "prompt_logprobs"),
     Row("prompt_logprobs", p(prompt_logprobs=1), OWN, "prompt_logprobs"),
     Row("echo with logprobs", p(echo=True, logprobs=1), OWN, "echo"),
     Row("cache_salt empty", p(cache_salt=""), OWN, "cache_salt"),
@@ -226,6 +228,7 @@ def test_nothing_bad_ever_reached_the_engine(server: Server) -> None:
         p(prompt=[100] * 500, max_tokens=100),
         p(foo=1),
         p(user="u", priority=3),
+        p(best_of=1, suffix=None, use_beam_search=False, bad_words=[]),
         c(messages=[{"role": "alien", "content": "x"}]),
         c(tools=[{"type": "function"}], tool_choice="none"),
         c(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}]),
@@ -279,3 +282,23 @@ def test_json_is_bounded_in_depth(client: httpx.Client) -> None:
     assert "deep" in error_of(post(client, COMPLETIONS, deep), 400)["message"]
     quoted = p(prompt="[" * 300)
     assert post(client, COMPLETIONS, quoted).status_code == 200
+
+
+def test_what_breaks_inside_is_not_told() -> None:
+    def broken(work: Work) -> list[int]:
+        raise RuntimeError("a secret of the engine")
+
+    with serving(ScriptedEngine(broken)) as running, running.client() as asked:
+        for body in (P, P | {"stream": True}):
+            reply = asked.post(COMPLETIONS, json=body)
+            assert error_of(reply, 500)["type"] == "InternalServerError"
+            assert "secret" not in reply.text
+        assert asked.get("/load").json() == {"server_load": 0}
+
+
+def test_a_template_that_breaks_is_a_bad_request() -> None:
+    for template in ("{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ ''.__class__.mro() }}"):
+        model = served(chat_template=template)
+        with serving(model=model) as running, running.client() as asked:
+            error = error_of(asked.post(CHAT, json=C), 400)
+            assert "chat template" in error["message"]

@@ -2,18 +2,21 @@
 
 import asyncio
 import json
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
 
+from dspark_jax import serve
 from dspark_jax.serve.http.errors import RequestError, to_json
 from dspark_jax.serve.http.grammar import Grammars
 from dspark_jax.serve.http.limits import too_deep
 from dspark_jax.serve.http.mailbox import Arrival, Mailbox
 from dspark_jax.serve.http.protocol import CompletionRequest
-from dspark_jax.serve.http.settings import HttpSettings
+from dspark_jax.serve.http.settings import HttpSettings, read_keys
 from dspark_jax.serve.http.speculation import speculation
 from dspark_jax.serve.messages import Delta
 from dspark_jax.serve.metrics import Metrics
@@ -173,3 +176,38 @@ def test_metrics_have_vllms_names() -> None:
         f'dspark:confidence_calibration_hit_total{{{labels},position="0"}} 1.0',
     ):
         assert line in text.splitlines()
+
+
+def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    metrics = Metrics("tiny", 2)
+    names = {sample for family in metrics.registry.collect() for sample in suffixed(family.name)}
+    dashboard = json.loads((Path(serve.__file__).parent / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"(?:vllm|dspark):\w+", target["expr"])
+    }
+    assert len(dashboard["panels"]) > 10 and asked and not asked - names
+
+
+def suffixed(name: str) -> set[str]:
+    """What a family's samples may be called."""
+    return {name + end for end in ("", "_total", "_bucket", "_sum", "_count")}
+
+
+def test_keys_come_from_the_environment_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    monkeypatch.delenv("DSPARK_API_KEY", raising=False)
+    assert read_keys(None) == ()
+    file.write_text("one\n\n two \n")
+    monkeypatch.setenv("DSPARK_API_KEY", "zero")
+    assert read_keys(file) == ("zero", "one", "two")
+    for text in ("", "\n", "a b", "schlüssel"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="key"):
+            read_keys(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_keys(tmp_path / "none")

@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from dspark_jax.serve.http.text import Detokeniser, StopStrings
 from tests.serving import VOCABULARY, tokenizer
@@ -107,3 +109,31 @@ def test_unarmed_stop_strings_may_begin_but_not_end() -> None:
     assert watch.push("aab", armed=False) == "aab" and watch.found is None
     assert watch.push("aa", armed=False) == "" and watch.found is None
     assert watch.push("b") == "" and watch.found == "aab"
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """Words with their space before them, dropped in front of the first; bytes for the rest."""
+    words = ["<unk>", "\u2581one", "\u2581two", "three"]
+    vocabulary = {token: i for i, token in enumerate(words + [f"<0x{i:02X}>" for i in range(256)])}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    replace, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    steps = [replace, decoders.ByteFallback(), decoders.Fuse(), strip]
+    made.decoder = decoders.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "text"),
+    [
+        ((), [1, 2, 3], "one twothree"),
+        ((1,), [2, 3], " twothree"),
+        ((1, 2), [1, *(4 + byte for byte in "é".encode()), 2], " oneé two"),
+        ((1, 4 + 0xF0), [2], " two"),
+        ((1,), [4 + 0xF0], "\ufffd"),
+    ],
+)
+def test_a_decoder_that_drops_the_first_space_drops_the_prompts(
+    prompt: tuple[int, ...], tokens: list[int], text: str
+) -> None:
+    detokeniser = Detokeniser(llama_like(), True, prompt)
+    assert "".join(map(detokeniser.step, tokens)) + detokeniser.finish() == text
