@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
 from dspark_jax.serve.http.app import make_app
-from dspark_jax.serve.http.settings import HttpSettings, ServedModel
-from dspark_jax.serve.listen import bind, serve_until_stopped
+from dspark_jax.serve.http.listen import bind, listen
+from dspark_jax.serve.http.settings import HttpSettings, ServedModel, read_keys
 from dspark_jax.serve.models import Loaded, Named, find, load
 from dspark_jax.serve.settings import ServeSettings, Speculation
 from dspark_jax.serve.terminal import answer
@@ -50,7 +50,10 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         app = make_app(
             built.engine, served(settings, built, loaded, name), http(settings), built.metrics
         )
-        return serve_until_stopped(app, built.engine, listening, settings, console)
+        host, port = listening.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        console.print(f"ready: http://{address}:{port} (a page to chat with; the API under /v1)")
+        return 0 if listen(app, listening, settings.shutdown_timeout) else 1
     finally:
         built.engine.stop()
 
@@ -71,9 +74,9 @@ def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> 
 
 def http(settings: ServeSettings) -> HttpSettings:
     """Limits and doors."""
-    key = settings.api_key or os.environ.get("DSPARK_API_KEY")
+    own = () if settings.api_key is None else (settings.api_key,)
     return HttpSettings(
-        api_keys=() if not key else (key,),
+        api_keys=(*own, *read_keys(settings.api_key_file)),
         allowed_origins=settings.allowed_origins,
         request_timeout_seconds=settings.request_timeout,
         per_request_spec_decode_metrics=settings.per_request_spec_decode_metrics,

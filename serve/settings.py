@@ -47,7 +47,10 @@ class ServeSettings:
     """Chooses the seeds of requests that name none, when it is not 0."""
     api_key: str | None = None
     """Better in DSPARK_API_KEY, which other users of the machine cannot list."""
+    api_key_file: Path | None = None
+    """A key a line."""
     allowed_origins: tuple[str, ...] = ()
+    """Web pages of other origins that browsers may call from."""
     per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = "none"
     request_timeout: float | None = None
     """Seconds in the queue and running; then 504."""

@@ -239,8 +239,9 @@ PROGRAM = """
 import sys
 from tests.serving import ScriptedEngine, served
 from dspark_jax.serve.http.app import make_app
-from dspark_jax.serve.http.listen import listen
-listen(make_app(ScriptedEngine(round_seconds=0.05), served()), "127.0.0.1", int(sys.argv[1]), 20.0)
+from dspark_jax.serve.http.listen import bind, listen
+app = make_app(ScriptedEngine(round_seconds=0.05), served())
+listen(app, bind("127.0.0.1", int(sys.argv[1])), 20.0)
 """
 
 
