@@ -46,10 +46,11 @@ class Batch:
         metrics: Metrics,
         seconds: Mapping[Shape, float],
         draft_greedily: bool = False,
+        confident: bool = True,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
         self.grammars, self.ends, self.draft_greedily = grammars, ends, draft_greedily
-        self.metrics, self.seconds = metrics, seconds
+        self.metrics, self.seconds, self.confident = metrics, seconds, confident
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pending: deque[Round] = deque()
@@ -244,7 +245,7 @@ class Batch:
         taken, stop = sequence.take(tokens, self.ends)
         if drafted:
             confidence = result.confidence[row].tolist()
-            sequence.confidence = confidence
+            sequence.confidence = confidence if self.confident else ()
             self.policy.observe(accepted, verified)
             hits = [float(j < accepted) for j in range(min(verified, accepted + 1))]
             self.metrics.calibrated(confidence[: len(hits)], hits)
@@ -274,9 +275,12 @@ class Batch:
         self.metrics.timed(entered - sequence.arrived, read - entered, now - read)
 
     def _spoiled(self, sequence: Sequence) -> None:
-        """The target's logits were not numbers: nobody else may read what is in its pages."""
+        """The target's logits were not numbers: nobody else may read what is in its pages.
+
+        Pages that others hold too are left to them: they are spoiled as well, or the pages are not.
+        """
         self.pages.withdraw(sequence.pages)
-        self.programs.clean(tuple(sequence.pages))
+        self.programs.clean(tuple(self.pages.alone(sequence.pages)))
         self.metrics.corrupted()
         self.end(sequence, "error", "the model's output is not a number")
 

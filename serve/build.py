@@ -100,6 +100,7 @@ def build(
         metrics,
         seconds,
         draft_greedily=speculation.draft_sample_method == "greedy",
+        confident=loaded.draft_config is None or loaded.draft_config.enable_confidence_head,
     )
     limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
     return Built(ThreadedEngine(batch, limits, metrics), sizes, metrics, seconds)

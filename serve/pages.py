@@ -87,6 +87,10 @@ class Pages:
         for page in pages:
             self._forget(page)
 
+    def alone(self, pages: Sequence[int]) -> list[int]:
+        """Those of some held pages that nobody else holds."""
+        return [page for page in pages if self._holders[page] == 1]
+
     def _hold(self, page: int) -> None:
         self._idle.pop(page, None)
         self._holders[page] = self._holders.get(page, 0) + 1

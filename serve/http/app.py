@@ -51,8 +51,13 @@ def make_app(
         app.include_router(routes(serving))
     for path, name in PAGE_FILES.items():
         app.add_api_route(path, _file(PAGE / name), include_in_schema=False)
+    app.add_api_route("/favicon.ico", _nothing, include_in_schema=False)
     _guard(app, settings)
     return app
+
+
+async def _nothing() -> Response:
+    return Response(status_code=204)
 
 
 def _file(path: Path) -> Callable[[], Awaitable[Response]]:
@@ -68,7 +73,12 @@ def _guard(app: FastAPI, settings: HttpSettings) -> None:
     app.add_middleware(BodyLimits, settings=settings)
     if settings.api_keys:
         # The page holds nothing secret; it asks for the key that its requests then carry.
-        paths = {"/health", *PAGE_FILES, *(["/metrics"] if settings.open_metrics else [])}
+        paths = {
+            "/health",
+            "/favicon.ico",
+            *PAGE_FILES,
+            *(["/metrics"] if settings.open_metrics else []),
+        }
         app.add_middleware(KeyGuard, settings=settings, open_paths=frozenset(paths))
     if settings.allowed_origins:
         app.add_middleware(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,50 @@ def test_a_client_that_leaves_frees_its_pages(address: str):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert metric(address, "vllm:kv_cache_usage_perc") == 0
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Headless Chromium, where it is installed with its driver."""
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("needs chromium and chromedriver on the PATH (Debian: chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
+
+
+def test_the_page_shows_who_said_each_token(address: str, client: openai.OpenAI, browser: Any):
+    def find(name: str) -> Any:
+        return browser.find_element("id", name)
+
+    def ask() -> list[str]:
+        """The answer's spans, once the page has written its note below them."""
+        browser.execute_script("arguments[0].value = arguments[1]", find("text"), ASKED)
+        find("send").click()
+        deadline = time.monotonic() + 30
+        while not (found := browser.find_elements("css selector", ".assistant .note")):
+            assert time.monotonic() < deadline and not found
+            time.sleep(0.1)
+        spans = browser.find_elements("css selector", ".assistant span")
+        return [f"{s.get_attribute('className')}:{s.get_attribute('textContent')}" for s in spans]
+
+    browser.get(address)
+    told = ask()
+    text = chat(client, max_tokens=256).choices[0].message.content
+    assert "".join(t.split(":", 1)[1] for t in told) == text
+    drafted = sum(t.startswith("drafted:") for t in told)
+    assert drafted > 0 and any(t.startswith("bonus:") for t in told)
+    assert float(find("length").text) > 1 and find("model").text == "tiny-glm"
+    find("clear").click()
+    find("speculate").click()
+    assert not any(t.startswith(("drafted:", "bonus:")) for t in ask())
+    assert not browser.get_log("browser")
 
 
 def test_sigterm_lets_an_answer_end():

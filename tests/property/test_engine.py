@@ -147,7 +147,7 @@ def test_a_known_beginning_is_found_with_its_draft(server: Server):
 
 
 def test_who_gives_way_when_pages_run_out_goes_on_with_the_same_answer():
-    tight = Server(pages=1 + LONGEST + 5)
+    tight = Server(pages=1 + LONGEST)
     tight.engine.start()
     for i, prompt in enumerate(PROMPTS):
         tight.ask(str(i), prompt)
