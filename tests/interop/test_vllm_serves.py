@@ -25,8 +25,8 @@ from tests.interop.vllm_server import Served, serving
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ.get("DSPARK_JAX_VLLM_SERVER")
 TARGET_NAME = "local/small-qwen3"
-PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 100, 96, 40
-AT_ONCE = 4
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 100, 96, 32
+AT_ONCE = 8
 NEAR_TIE, LARGEST_SHARE_LEFT_OUT = 1e-3, 0.02
 TRAINING = (
     *("--steps", "300", "--sequence-length", "256", "--batch-rows", "4", "--max-anchors", "48"),

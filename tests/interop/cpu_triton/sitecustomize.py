@@ -1,8 +1,8 @@
 """What vLLM lacks on a CPU to run DSpark; Python imports this by itself from PYTHONPATH.
 
-Triton's wheels hold backends for GPUs alone, and vLLM runs DSpark only where it finds an active one:
-here is one named "cpu". It compiles nothing; TRITON_INTERPRET=1 makes every kernel run as Python.
-Two faults of the CPU's side are mended, of Triton's interpreter and of vLLM's own norm.
+Triton's wheels hold backends for GPUs alone, and vLLM runs DSpark only where it finds an active
+one: here is one named "cpu". It compiles nothing; TRITON_INTERPRET=1 makes every kernel run as
+Python. Two faults are mended, of Triton's interpreter and of vLLM's norm on CPUs.
 """
 
 # pyright: reportMissingImports=false
@@ -30,11 +30,6 @@ class CpuDriver:
 
     def get_current_device(self) -> int:
         return 0
-
-    def get_device_interface(self):
-        import torch
-
-        return torch.cuda
 
 
 def store(self, ptrs, value, mask, policy, plain=InterpreterBuilder.create_masked_store):
