@@ -29,7 +29,7 @@ from dspark_jax.train.pretrain import (
 )
 from dspark_jax.train.tiny_glm import END, save_target
 
-SHARPER = 4.0
+SHARPER = 8.0
 """What all logits are multiplied by in the end; a power of two, which bfloat16 takes exactly."""
 
 
@@ -73,6 +73,7 @@ def run(settings: Small) -> None:
     """Train and save."""
     tokenizer = Tokenizer.from_file(str(embedded("tiny-glm") / "tokenizer.json"))
     config, end = small_config(tokenizer.get_vocab_size()), tokenizer.token_to_id(END)
+    assert end is not None
     found = python_corpus.sources(python_corpus.standard_library())
     texts = conversations([source for source in found if not source.held_out])
     rng = np.random.default_rng(settings.seed)

@@ -130,11 +130,16 @@ def table(work: Path) -> Iterator[list[str]]:
     print("\n" + "\n".join(rows))
 
 
+def accepted(compared: Sequence[Compared]) -> tuple[list[list[int]], list[list[int]]]:
+    """Accepted drafts of every step of every answer, ours and theirs."""
+    return [c.ours.accepted for c in compared], [c.theirs.accepted for c in compared]
+
+
 def row(name: str, compared: Sequence[Compared]) -> str:
     """One draft's numbers, over the prompts that were not left out."""
     kept = [c for c in compared if not c.near_tie]
-    steps, their_steps = (sum(len(c[i].accepted) for c in kept) for i in (1, 2))
-    ours, theirs = (sum(sum(c[i].accepted) for c in kept) for i in (1, 2))
+    steps, their_steps = (sum(map(len, x)) for x in accepted(kept))
+    ours, theirs = (sum(map(sum, x)) for x in accepted(kept))
     cells = (
         *(name, compared[0].theirs.drafted[0], len(compared)),
         *(sum(len(c.ours.tokens) for c in kept), steps, ours, theirs),
@@ -178,5 +183,5 @@ def test_vllm_answers_and_accepts_as_we_do(
     assert not differing, "\n".join(differing)
     assert len(left_out) <= LARGEST_SHARE_LEFT_OUT * len(prompts)
     drafted = {n for c in compared for n in c.theirs.drafted}
-    accepted = {n for c in compared for n in c.theirs.accepted}
-    assert len(drafted) == 1 and min(accepted) == 0 and max(accepted) == max(drafted)
+    counts = {n for answer in accepted(compared)[1] for n in answer}
+    assert len(drafted) == 1 and min(counts) == 0 and max(counts) == max(drafted)
