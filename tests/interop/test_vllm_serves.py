@@ -25,7 +25,7 @@ from tests.interop.vllm_server import Served, serving
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = os.environ.get("DSPARK_JAX_VLLM_SERVER")
 TARGET_NAME = "local/small-qwen3"
-PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 100, 96, 32
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 60, 96, 32
 AT_ONCE = 8
 NEAR_TIE, LARGEST_SHARE_LEFT_OUT = 1e-3, 0.02
 TRAINING = (
