@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dspark_jax.draft import dspark_draft
+from dspark_jax.draft_files import load_draft
 from dspark_jax.loop import Request, Weights, decode_step, init_state, prefill, prepare_weights
 from dspark_jax.loop import verify_rows as rows_to_verify
+from dspark_jax.target_folder import find_target, load_target
 from dspark_jax.targets.families import make_target
-from dspark_jax.train.draft_files import load_draft
-from dspark_jax.train.files import find_target, load_target
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.types import DecodeState, Draft, Target
 

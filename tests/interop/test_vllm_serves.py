@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+from dspark_jax.target_folder import find_target
 from dspark_jax.train.conversations import prompt_tokens
-from dspark_jax.train.files import find_target
 from dspark_jax.train.prompts import fitting, library_prompts
 from tests.interop.our_answers import Answer, make_answerer
 from tests.interop.vllm_server import Served, serving
