@@ -48,7 +48,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def kept(
-    logits: np.ndarray, temperature: float, min_p: float, top_k: int, top_p: float
+    logits: np.ndarray, temperature: Any, min_p: Any, top_k: Any, top_p: Any
 ) -> tuple[np.ndarray, bool]:
     """Which tokens of one row may be drawn, and whether no bound is so close that rounding decides.
 
@@ -106,7 +106,7 @@ def test_known_rows():
 def test_min_p_is_judged_at_the_temperature():
     logits = np.log(np.array([[0.64, 0.32, 0.04]] * 2, np.float32))[:, None]
     asked = settings_of((0.4, 0, 1), (0.4, 0, 1))
-    left = np.isfinite(truncated(logits, np.float32([1.0, 0.5]), asked))
+    left = np.isfinite(truncated(logits, np.array([1.0, 0.5], np.float32), asked))
     assert left[:, 0].sum(axis=1).tolist() == [2, 1]
 
 
@@ -115,7 +115,7 @@ def test_a_row_that_asks_for_nothing_keeps_everything_whatever_others_ask(size: 
     """Also where the probabilities' running sum reaches 1 before the last token by rounding."""
     logits = 4 * np.random.default_rng(0).normal(size=(4, 1, size)).astype(np.float32)
     asked = settings_of((0, 0, 1), (0, 5, 1), (0, 0, 0.5), (0, 0, 1))
-    found = truncated(logits, np.float32([1, 1, 1, 0.2]), asked)
+    found = truncated(logits, np.array([1, 1, 1, 0.2], np.float32), asked)
     assert np.array_equal(found[jnp.array([0, 3])], logits[[0, 3]])
     assert np.isfinite(found[1]).sum() == 5
 
@@ -124,7 +124,7 @@ def test_a_greedy_row_is_left_alone_whatever_it_and_others_ask():
     logits = np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
     asked = settings_of((0.5, 2, 0.5), (0.5, 2, 0.5))
     for other in (0.0, 1.0):
-        found = truncated(logits, np.float32([0, other]), asked)
+        found = truncated(logits, np.array([0, other], np.float32), asked)
         assert np.array_equal(found[0], logits[0])
 
 
