@@ -46,7 +46,7 @@ def truncate(
     """Logits with -inf where a token may not be drawn; costs nothing when nobody asks for it.
 
     Judged at the temperature: min-p, then top-k, then top-p over what those leave. Tokens as likely
-    as the last one kept are kept too; the likeliest always is.
+    as the last one kept are kept too; the likeliest always is. Temperature 0 leaves everything.
     """
     asked = (truncation.min_p > 0) | (truncation.top_k > 0) | (truncation.top_p < 1)
     return jax.lax.cond(
@@ -69,6 +69,8 @@ def _truncated(
     least = jnp.maximum(least, jnp.take_along_axis(descending, last, axis=-1))
     probability = jax.nn.softmax(jnp.where(descending >= least, descending, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    inside = (before < top_p) & (descending >= least)
+    # The running sum may reach 1 by rounding, before the last token.
+    inside = ((before < top_p) | (top_p >= 1)) & (descending >= least)
     least = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scaled >= jnp.minimum(least, likeliest), logits, -jnp.inf)
+    left = (scaled >= jnp.minimum(least, likeliest)) | (temperature == 0)[:, None, None]
+    return jnp.where(left, logits, -jnp.inf)

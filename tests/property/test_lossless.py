@@ -200,6 +200,10 @@ def p_value(drawn: np.ndarray, probability: np.ndarray) -> float:
     expected = probability.ravel() / probability.sum() * len(drawn)
     often = expected >= 5
     pooled = [np.append(x[often], x[~often].sum()) for x in (seen, expected)]
+    if pooled[1][-1] == 0:  # what is impossible decides alone, or not at all
+        if pooled[0][-1]:
+            return 0.0
+        pooled = [x[:-1] for x in pooled]
     return float(scipy.stats.chisquare(*pooled).pvalue)  # pyright: ignore[reportArgumentType]
 
 
