@@ -1,5 +1,7 @@
 """A round's budget is the one that promises most tokens per second, by a brute force."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,12 +18,19 @@ ROUNDS = st.lists(
 SECONDS = st.tuples(*(st.floats(0.5, 4.0) for _ in BUDGETS))
 
 
-def policy_of(seconds: tuple[float, ...], kind: str = "adaptive") -> Policy:
-    table = {(GROUP, budget): s for budget, s in zip(BUDGETS, seconds, strict=True)}
-    return Policy(kind, G, table)  # pyright: ignore[reportArgumentType]
+@dataclass
+class Priced(Policy):
+    """A policy and what the rounds it is asked about cost."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
-def rates(policy: Policy, rounds: list[tuple[list[float], int]]) -> dict[int, float]:
+def policy_of(seconds: tuple[float, ...], kind: str = "adaptive") -> Priced:
+    table = dict(zip(BUDGETS, seconds, strict=True))
+    return Priced(kind, G, seconds=table)  # pyright: ignore[reportArgumentType]
+
+
+def rates(policy: Priced, rounds: list[tuple[list[float], int]]) -> dict[int, float]:
     """Tokens per second of every budget: anchors' own tokens and the likeliest drafts."""
     survivals: list[float] = []
     for confidence, cap in rounds:
@@ -33,12 +42,12 @@ def rates(policy: Policy, rounds: list[tuple[list[float], int]]) -> dict[int, fl
     for budget in BUDGETS:
         room = 0 if budget == BUDGETS[0] else budget - len(rounds)
         promised = len(rounds) + sum(sorted(survivals, reverse=True)[:room])
-        found[budget] = promised / policy.seconds[GROUP, budget]
+        found[budget] = promised / policy.seconds[budget]
     return found
 
 
-def ask(policy: Policy, rounds: list[tuple[list[float], int]]) -> int:
-    return policy.budget(BUDGETS, GROUP, [c for c, _ in rounds], [cap for _, cap in rounds])
+def ask(policy: Priced, rounds: list[tuple[list[float], int]]) -> int:
+    return policy.budget(policy.seconds, [c for c, _ in rounds], [cap for _, cap in rounds])
 
 
 @settings(max_examples=300)
@@ -62,13 +71,12 @@ def test_the_budget_is_the_best_unless_too_little_better_than_what_was(
         assert chosen == BUDGETS[0]
 
 
-def advantage(policy: Policy, gain: float) -> list[tuple[list[float], int]]:
+def advantage(policy: Priced, gain: float) -> list[tuple[list[float], int]]:
     """Sequences whose drafts promise `gain` times the tokens per second of plain rounds."""
     rounds = [([1.0] * G, G)] * GROUP
-    plain = policy.seconds[GROUP, BUDGETS[0]]
-    seconds = {(GROUP, b): 1e9 for b in BUDGETS[1:-1]}
-    seconds |= {(GROUP, BUDGETS[0]): plain, (GROUP, BUDGETS[-1]): (G + 1) * plain / gain}
-    policy.seconds = seconds
+    plain = policy.seconds[BUDGETS[0]]
+    policy.seconds = dict.fromkeys(BUDGETS, 1e9)
+    policy.seconds |= {BUDGETS[0]: plain, BUDGETS[-1]: (G + 1) * plain / gain}
     return rounds
 
 
