@@ -65,7 +65,7 @@ def plan(loaded: Loaded, sizes: Sizes) -> dict[str, int]:
     def held(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    dtype = jax.tree.leaves(loaded.weights.target)[0].dtype
+    dtype = loaded.weights.frozen.embed.dtype
     caches = [
         jax.eval_shape(lambda model=model: model.init_cache(sizes.pages, sizes.page, dtype))
         for model in (loaded.target, loaded.draft)
@@ -83,7 +83,7 @@ def build(
     progress: Callable[[int, int], None],
 ) -> Built:
     """Compile everything and measure it; `progress(done, total)` follows the programs."""
-    dtype = jax.tree.leaves(loaded.weights.target)[0].dtype
+    dtype = loaded.weights.frozen.embed.dtype
     programs = Programs(loaded.target, loaded.draft, loaded.weights, sizes, dtype)
     programs.compile(progress)
     metrics = Metrics(name, sizes.verified)
