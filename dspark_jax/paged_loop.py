@@ -39,7 +39,8 @@ class Control(NamedTuple):
     """What the host says of a round's N sequences; all data, so nothing compiles anew.
 
     A `slot` beyond the last is nobody. A `fresh` sequence begins with `anchor` after `length` rows
-    that its pages hold. `cap` bounds the drafts verified. `draft_temperature` 0 drafts greedily.
+    that its pages hold. `cap` bounds the drafts verified. `draft_temperature` 0 drafts greedily,
+    any other drafts at `temperature`, by which the drafts are judged.
     """
 
     slot: Int[Array, "N"]
@@ -123,7 +124,7 @@ def serve_round(
             length,
             anchor,
             salted(keys, DRAFT_SALT),
-            control.draft_temperature,
+            jnp.where(control.draft_temperature == 0, 0.0, control.temperature),
             control.pages,
         )
     with jax.named_scope("schedule"):

@@ -5,6 +5,7 @@ token drafted there, so admitting it looks at nothing that its acceptance will b
 emitted tokens keep the target's distribution (paper §5.2 and appendix A).
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,7 +22,9 @@ def verify_lengths(
     """
     slot = jnp.arange(confidence.shape[1])
     eligible = slot < cap[:, None]
-    survival = jnp.where(eligible, jnp.cumprod(confidence, axis=1), -1.0)
+    # The minimum holds where a backend multiplies in another order and rounds upwards.
+    survival = jax.lax.cummin(jnp.cumprod(confidence, axis=1), axis=1)
+    survival = jnp.where(eligible, survival, -1.0)
     row, place = jnp.indices(survival.shape)
     best_first = jnp.lexsort((row.ravel(), place.ravel(), -survival.ravel()))
     rank = jnp.zeros_like(best_first).at[best_first].set(jnp.arange(best_first.size))
