@@ -65,7 +65,7 @@ def convert_target(given: Target) -> str:
     )
 
 
-def chosen_devices(count: int | None) -> list[jax.Device]:
+def chosen_devices(count: int | None) -> list[Any]:
     """The first so many devices, or all; ValueError when there are not so many."""
     devices = jax.devices()
     if count is None:
