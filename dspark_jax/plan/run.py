@@ -51,13 +51,13 @@ def make_plan(settings: PlanSettings) -> Plan:
     models = find_models(settings.target, settings.draft)
     tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, models)
     mesh = target_mesh(devices_of(machine), tensor)
-    block = kept_block(models.target, models.block, mesh)
+    models = models._replace(block=kept_block(models.target, models.block, mesh))
     tensors = ((e.name, e.shape) for e in entries(models.target))
-    target = target_needs(tensors, models.target, block)
+    target = target_needs(tensors, models.target, models.block)
     drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
     sizes = (settings.batch, settings.context)
-    plain = plain_program(models.target, block, mesh, *sizes)
-    fast = decode_program(models.target, block, models.draft, mesh, *sizes)
+    plain = plain_program(models.target, models.block, mesh, *sizes)
+    fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
     plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
     fast_step, memory = measure(
         machine, settings, fast, (target, drafter), settings.acceptance_length
