@@ -1,7 +1,9 @@
 """`doctor`: whether a draft really fits its target, and if not, which reading of its files does."""
 
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,13 @@ from dspark_jax.convert.fixes import fixes
 from dspark_jax.convert.patient import Patient, open_patient, survived
 from dspark_jax.convert.readings import untold
 from dspark_jax.convert.settings import Doctor
+from dspark_jax.convert.source import read_object
 from dspark_jax.convert.verdict import DOUBT, WORTH, Diagnosis, as_json, diagnose, table_rows
+from dspark_jax.targets.families import read_config
 
 HEALTHY, ILL = 0, 1
 SHOWN_POSITIONS, WIDTH = 8, 124
+COUNTS = ("prompt_tokens", "answer_tokens", "blocks", "tensor_parallel")
 
 
 def examine(given: Doctor) -> tuple[str, int]:
@@ -26,16 +31,22 @@ def examine(given: Doctor) -> tuple[str, int]:
 
     Raises ValueError when there is no draft, no target, or they are of different sizes.
     """
+    check(given)
     patient = open_patient(given.draft)
+    slots, longest = patient.config.block_size, given.prompt_tokens
+    if given.answer_tokens < slots:
+        raise ValueError(
+            f"--answer-tokens {given.answer_tokens} is shorter than a block of {slots} of draft "
+            f"{given.draft}; give at least {slots}."
+        )
     console, prompts = Console(stderr=True), read_prompts(given.prompts)
+    folder = resolve(given.target)
+    check_pair(patient, read_config(read_object(folder / "config.json")), folder)
     with console.status("reading the target"):
         ids = patient.config.aux_layer_ids
         near = [j + shift for j in ids for shift in (-1, 0, 1)]
-        folder = resolve(given.target)
         loaded = load(folder, near, given.tensor_parallel, given.compute_dtype)
-    check_pair(patient, loaded.config, folder)
     with console.status(f"answering {len(prompts)} prompts"):
-        slots, longest = patient.config.block_size, given.prompt_tokens
         evidence = gather(loaded, prompts, longest, given.answer_tokens, slots, given.blocks)
     with console.status("running the draft under every reading"):
         diagnosis = diagnosis_of(patient, evidence)
@@ -43,6 +54,26 @@ def examine(given: Doctor) -> tuple[str, int]:
     if given.json is not None:
         given.json.write_text(json.dumps(report(patient, evidence, diagnosis), indent=2) + "\n")
     return "\n".join([table(diagnosis), *footnotes(patient, evidence), "", *verdict]), code
+
+
+def check(given: Doctor) -> None:
+    """Raise ValueError on numbers that mean nothing and a result that could not be written."""
+    for name in COUNTS:
+        if getattr(given, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {getattr(given, name)}; give at least 1.")
+    if given.json is not None:
+        check_writable(given.json)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError when a file cannot be written there."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        what = "is a folder" if path.is_dir() else f"has no folder {folder}"
+        raise ValueError(f"--json {path} {what}; give a file in a folder that exists.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"--json {path} may not be written; give a file in a folder of your own.")
 
 
 def diagnosis_of(patient: Patient, evidence: Evidence) -> Diagnosis:
@@ -69,11 +100,12 @@ def check_pair(patient: Patient, target: Any, folder: Any) -> None:
                 f"draft {draft} has {name} {ours} but target {folder} has {theirs}; give the "
                 "target that the draft was made for."
             )
-    deepest = max(config.aux_layer_ids)
-    if deepest > target.num_hidden_layers:
+    ids = config.aux_layer_ids
+    if min(ids) < 0 or max(ids) > target.num_hidden_layers:
+        wrong = "low" if min(ids) < 0 else "high"
         raise ValueError(
-            f"draft {draft} reads aux layers {list(config.aux_layer_ids)} but target {folder} has "
-            f"states 0 to {target.num_hidden_layers}; the ids may be one too high, or those of "
+            f"draft {draft} reads aux layers {list(ids)} but target {folder} has "
+            f"states 0 to {target.num_hidden_layers}; the ids may be one too {wrong}, or those of "
             "another target."
         )
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Literal, NamedTuple
 
 from dspark_jax.config import DraftConfig
@@ -179,13 +178,3 @@ MAPS: dict[Vocabulary, str] = {
     "t2d": "map of t2d",
     "first": "draft ids as target ids",
 }
-
-
-def changed_settings(before: Reading, after: Reading) -> list[str]:
-    """Fields of DraftConfig in which two readings differ."""
-    pairs = chain.from_iterable(r.config.__dict__.items() for r in (before, after))
-    return sorted({name for name, _ in pairs if _differs(before, after, name)})
-
-
-def _differs(before: Reading, after: Reading, name: str) -> bool:
-    return getattr(before.config, name) != getattr(after.config, name)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dspark_jax.checkpoints.fingerprint import RECORD
 from dspark_jax.checkpoints.folder import embedded, resolve
-from dspark_jax.checkpoints.header import Stored
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.config import DraftConfig
 from dspark_jax.convert.source import read_object
-from dspark_jax.convert.tensors import CODES, FLOATS
+from dspark_jax.convert.tensors import FLOATS, Outgoing, copied
 
 TARGET_TABLES = {
     "embed_tokens.weight": ("model.embed_tokens.weight",),
@@ -53,9 +53,18 @@ def target_folder(asked: str | None, settings: dict[str, Any]) -> Path | None:
         return None
 
 
-def target_tables(folder: Path, config: DraftConfig) -> dict[str, Stored]:
+def target_tensors(folder: Path) -> dict[str, Outgoing]:
+    """A target's tensors by the names of safetensors; of Orbax arrays only its two tables."""
+    if not (folder / RECORD).is_file():
+        return {name: copied(tensor) for name, tensor in stored_tensors(folder).items()}
+    from dspark_jax.convert.saved_tables import saved_tables  # Orbax takes long to import
+
+    return saved_tables(folder)
+
+
+def target_tables(folder: Path, config: DraftConfig) -> dict[str, Outgoing]:
     """The target's embedding and head; ValueError when they are not those of this draft."""
-    stored, found = stored_tensors(folder), {}
+    stored, found = target_tensors(folder), {}
     for name, choices in TARGET_TABLES.items():
         tensor = next((stored[choice] for choice in choices if choice in stored), None)
         if tensor is None:
@@ -65,9 +74,9 @@ def target_tables(folder: Path, config: DraftConfig) -> dict[str, Stored]:
                 f"{tensor.name} of target {folder} has shape {list(tensor.shape)} but the draft "
                 f"was made for {[config.vocab_size, config.hidden_size]}; give its own target."
             )
-        if CODES[tensor.dtype] not in FLOATS:
+        if tensor.code not in FLOATS:
             raise ValueError(
-                f"{tensor.name} of target {folder} is {CODES[tensor.dtype]}; give a copy of the "
+                f"{tensor.name} of target {folder} is {tensor.code}; give a copy of the "
                 "target whose embedding and head are not quantised."
             )
         found[name] = tensor

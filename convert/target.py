@@ -1,14 +1,18 @@
 """`target`: a Hugging Face target as Orbax arrays, which load faster and onto any mesh."""
 
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from dspark_jax.checkpoints.fingerprint import RECORD, target_fingerprint
 from dspark_jax.checkpoints.folder import resolve
+from dspark_jax.checkpoints.header import Stored
 from dspark_jax.checkpoints.quantisation import quantisation
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.convert.files import appearing, check_free
@@ -16,7 +20,7 @@ from dspark_jax.convert.settings import Target
 from dspark_jax.convert.source import read_object
 from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.families import read_config
-from dspark_jax.targets.load import load_params
+from dspark_jax.targets.load import FP8, SCALES, kept_type, load_params
 from dspark_jax.targets.mesh import check_mesh
 from dspark_jax.targets.orbax import ARRAYS, is_saved, save_params
 
@@ -37,10 +41,9 @@ def convert_target(given: Target) -> str:
         raise ValueError(f"{source} holds Orbax arrays already; copy the folder as it is.")
     described = read_object(source / "config.json")
     config, block, stored = read_config(described), quantisation(described), stored_tensors(source)
-    devices = jax.devices()[: given.devices]
-    mesh = target_mesh(devices, given.tensor_parallel)
+    mesh = target_mesh(chosen_devices(given.devices), given.tensor_parallel)
     check_mesh(config, mesh)
-    needed, free = sum(tensor.nbytes for tensor in stored.values()), free_bytes(given.output)
+    needed, free = written_bytes(stored, given.dtype), free_bytes(given.output)
     if needed > free:
         raise OSError(f"{given.output} needs {needed:,} bytes but its disk has {free:,} free.")
     with Console(stderr=True).status("reading the target") as status:
@@ -60,6 +63,30 @@ def convert_target(given: Target) -> str:
         f"{', FP8 as it is stored' if block else ''}.\nto train on it: python -m dspark_jax.train "
         f"--target {given.output}"
     )
+
+
+def chosen_devices(count: int | None) -> list[Any]:
+    """The first so many devices, or all; ValueError when there are not so many."""
+    devices = jax.devices()
+    if count is None:
+        return devices
+    if not 1 <= count <= len(devices):
+        raise ValueError(
+            f"--devices {count} does not fit the {len(devices)} devices here; give 1 to "
+            f"{len(devices)}."
+        )
+    return devices[:count]
+
+
+def written_bytes(stored: Mapping[str, Stored], dtype: str) -> int:
+    """What the arrays take: FP8 and its scales as they are stored, all else in `dtype`."""
+
+    def width(tensor: Stored) -> int:
+        if tensor.dtype == FP8 or tensor.name.endswith(SCALES):
+            return tensor.dtype.itemsize
+        return jnp.dtype(kept_type(tuple(tensor.name.split(".")), dtype)).itemsize
+
+    return sum(math.prod(tensor.shape) * width(tensor) for tensor in stored.values())
 
 
 def copy_beside(source: Path, folder: Path) -> None:

@@ -38,28 +38,28 @@ def made(name: str, value: np.ndarray) -> Outgoing:
     return Outgoing(name, CODES[value.dtype], value.shape, lambda: [np.ascontiguousarray(value)])
 
 
-def converted(stored: Stored, name: str, dtype: np.dtype) -> Outgoing:
-    """A stored tensor under another name and in another type."""
+def converted(tensor: Outgoing, name: str, dtype: np.dtype) -> Outgoing:
+    """A tensor under another name and in another type."""
     return Outgoing(
         name,
         CODES[dtype],
-        stored.shape,
-        lambda: (piece.astype(dtype) for piece in finite_pieces(stored)),
+        tensor.shape,
+        lambda: (piece.astype(dtype) for piece in tensor.pieces()),
     )
 
 
-def chosen_rows(stored: Stored, name: str, rows: Sequence[int], dtype: np.dtype) -> Outgoing:
-    """The rows of a stored matrix at these ascending places."""
+def chosen_rows(tensor: Outgoing, name: str, rows: Sequence[int], dtype: np.dtype) -> Outgoing:
+    """The rows of a matrix at these ascending places."""
     wanted = np.asarray(rows)
 
     def pieces() -> Iterator[np.ndarray]:
         start = 0
-        for piece in finite_pieces(stored):
+        for piece in tensor.pieces():
             inside = wanted[(wanted >= start) & (wanted < start + len(piece))]
             yield piece[inside - start].astype(dtype)
             start += len(piece)
 
-    return Outgoing(name, CODES[dtype], (len(wanted), *stored.shape[1:]), pieces)
+    return Outgoing(name, CODES[dtype], (len(wanted), *tensor.shape[1:]), pieces)
 
 
 def finite_pieces(stored: Stored) -> Iterator[np.ndarray]:

@@ -1,6 +1,7 @@
 """The end of a run: its draft is written, proved and reported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def finish(
     report |= {"target": loaded.folder.name, "checkpoint": str(folder), "steps": trained.best}
     report |= {"command": command(going_on(arguments)), "machine": machine()}
     if leading():
-        publish(settings, report, reliability, loaded, data)
+        publish(settings, report, reliability, loaded, data, partial(console.print, markup=False))
     return report
 
 
@@ -51,13 +52,14 @@ def publish(
     reliability: dict[str, list[float]],
     loaded: LoadedTarget,
     data: Data,
+    say: Callable[[str], None],
 ) -> None:
     """Write the report; where transformers can be timed, once more with its speed."""
     records = read_records(settings.output / "metrics.jsonl")
     curve = [record for record in records if "validation" not in record]
     write_report(settings.output, report, curve, reliability)
     timed = data.prompts[:TRANSFORMERS_PROMPTS]
-    elsewhere = measure_transformers(loaded.folder, timed, settings.answer_tokens)
+    elsewhere = measure_transformers(loaded.folder, timed, settings.answer_tokens, say)
     if elsewhere is not None:
         report["served"]["greedy"]["transformers"] = elsewhere
         write_report(settings.output, report, curve, reliability)

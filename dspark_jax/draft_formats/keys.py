@@ -246,6 +246,13 @@ def integer(value: Any) -> int:
     return value
 
 
+def size(value: Any) -> int:
+    """A positive whole number."""
+    if integer(value) < 1:
+        raise ValueError("drafts here need a positive integer")
+    return value
+
+
 def number(value: Any) -> float:
     """A positive number."""
     if type(value) not in (int, float) or not 0 < value < float("inf"):

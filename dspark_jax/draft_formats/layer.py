@@ -16,6 +16,7 @@ from dspark_jax.draft_formats.keys import (
     optional,
     setting,
     several,
+    size,
     text,
 )
 
@@ -38,7 +39,7 @@ def layer_table(prefix: str = "", rope_parameters: bool = True) -> tuple[Key, ..
 
     Both are read.
     """
-    names = [(name, number if name == "rms_norm_eps" else integer) for name in LAYER_KEYS]
+    names = [(name, number if name == "rms_norm_eps" else size) for name in LAYER_KEYS]
     new, old = rope_parameters, not rope_parameters
     return (
         *(setting(prefix + name, name, read) for name, read in names),

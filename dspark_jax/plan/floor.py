@@ -2,7 +2,8 @@
 
 A routed expert is needed when a token chooses it. For n tokens with k of E experts each, chosen
 independently, E (1 - (1 - k/E)^n) distinct ones are expected: an upper bound for real text, whose
-neighbouring tokens agree. Of the embedding only the tokens' rows are read.
+neighbouring tokens agree. Of the embedding only the tokens' rows are read, unless it is the head
+too: logits read a tied table whole.
 """
 
 import math
@@ -28,6 +29,8 @@ class Needs(NamedTuple):
     chosen: int
     embedding_row: int
     cache_per_token: int
+    tied: bool = False
+    """Whether the embedding is the head too."""
 
     @property
     def all_experts(self) -> int:
@@ -60,7 +63,8 @@ def target_needs(
         elif not name.endswith("embed_tokens.weight"):
             fixed += size
     layers = sum(1 for kind in config.layer_kinds if "sparse" in (kind, kind[-1]))
-    if getattr(config, "tie_word_embeddings", False):
+    tied = getattr(config, "tie_word_embeddings", False)
+    if tied:
         fixed += config.vocab_size * config.hidden_size * WIDTH
     return Needs(
         fixed=fixed,
@@ -70,6 +74,7 @@ def target_needs(
         chosen=config.num_experts_per_tok,
         embedding_row=config.hidden_size * WIDTH,
         cache_per_token=cache_per_token(config),
+        tied=tied,
     )
 
 
@@ -121,14 +126,15 @@ def held_bytes(weights: Iterable[Held], needs: Needs, tokens: int) -> list[float
     """Bytes of every weight in a step on one device that reads once what it holds and needs.
 
     `tokens` are those of all devices: any of them may choose an expert held here. Copies on
-    several devices count on each. Of tables of embeddings one counts, for the tokens' rows.
+    several devices count on each. Of tables of embeddings one counts: a tied one whole, others for
+    the tokens' rows.
     """
     experts = distinct_experts(needs.experts, needs.chosen, tokens)
     share = experts / needs.experts if needs.experts else 1.0
     found, rows = [], float(tokens * needs.embedding_row)
     for weight in weights:
         if "embed" in weight.path or "markov_w1" in weight.path:
-            found.append(rows)
+            found.append(float(weight.bytes) if needs.tied and rows else rows)
             rows = 0.0
         else:
             routed = "experts" in weight.path and "shared_experts" not in weight.path

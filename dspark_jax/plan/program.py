@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.config import DraftConfig, GlmConfig, TargetConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.draft_weights import abstract_drafter
 from dspark_jax.fp8 import BlockScaled
@@ -19,11 +19,12 @@ from dspark_jax.plan.floor import STORED_FP8
 from dspark_jax.sampling import largest
 from dspark_jax.sharding import tree_shardings
 from dspark_jax.spread import over, rows
+from dspark_jax.targets.decoder import is_compact
 from dspark_jax.targets.families import make_target
 from dspark_jax.targets.load import FP8, kept_type, scale_shape
 from dspark_jax.targets.mesh import family
 from dspark_jax.targets.weights import entries, shape_of
-from dspark_jax.types import DecodeState, Rows, Target
+from dspark_jax.types import DecodeState, Frozen, Rows, Target
 
 Block = tuple[int, int]
 TYPE = jnp.bfloat16
@@ -60,12 +61,12 @@ def decode_program(
 ) -> Program:
     """One speculative round of `batch` sequences with room for `context` tokens each."""
     target, draft = make_target(target_config, mesh), dspark_draft(draft_config, mesh)
-    params = target_params(target_config, block)
+    params = target_params(target_config, kept_block(target_config, block, mesh))
     drafter = narrow(nnx.state(abstract_drafter(draft_config), nnx.Param))
     weights = Weights(
         placed(mesh, jax.eval_shape(target.prepare, params), family(target_config)),
         placed(mesh, jax.eval_shape(draft.prepare, drafter), "draft"),
-        placed(mesh, jax.eval_shape(target.frozen, params), "draft"),
+        placed(mesh, frozen_shapes(target, params, draft_config), "draft"),
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     state = jax.eval_shape(
@@ -80,7 +81,8 @@ def decode_program(
     request = Request(row(jnp.int32), row(jnp.float32), row(jnp.int32))
     step = jax.jit(partial(decode_step, target, draft), donate_argnums=1, keep_unused=True)
     cache, width = (state.target_cache, state.draft_cache), draft_config.draft_length + 1
-    return Program(step, weights, state, cache, weights.frozen, (request,), width)
+    shared = shared_tables(target_config, draft_config, weights.frozen)
+    return Program(step, weights, state, cache, shared, (request,), width)
 
 
 def plain_program(
@@ -88,7 +90,8 @@ def plain_program(
 ) -> Program:
     """One token of every sequence without a draft."""
     target = make_target(config, mesh)
-    prepared = jax.eval_shape(target.prepare, target_params(config, block))
+    params = target_params(config, kept_block(config, block, mesh))
+    prepared = jax.eval_shape(target.prepare, params)
     weights = placed(mesh, prepared, family(config))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     state = jax.eval_shape(partial(plain_state, target, capacity=context, dtype=TYPE), keys=keys)
@@ -103,6 +106,29 @@ def plain_step(target: Target, weights: Any, state: DecodeState) -> tuple[Decode
     cache, states = target.extend(weights, state.target_cache, given)
     token: Int[Array, "B"] = largest(target.logits(weights, states.final_hidden)[:, 0])
     return state._replace(anchor=token, length=state.length + 1, target_cache=cache), token
+
+
+def frozen_shapes(target: Target, params: Any, draft: DraftConfig) -> Frozen:
+    """The tables a draft shares, the head cut to its vocabulary where that is reduced."""
+    if draft.draft_vocab_size == draft.vocab_size:
+        return jax.eval_shape(target.frozen, params)
+    ids = jax.ShapeDtypeStruct((draft.draft_vocab_size,), jnp.int32)
+    return jax.eval_shape(target.frozen, params, ids)
+
+
+def shared_tables(target: TargetConfig, draft: DraftConfig, frozen: Frozen) -> tuple[Any, ...]:
+    """Those of a draft's tables that are the target's own memory.
+
+    The head of a reduced vocabulary is a copy, and so is that of a tied table, which is transposed.
+    """
+    tied = getattr(target, "tie_word_embeddings", False)
+    copied = tied or draft.draft_vocab_size < draft.vocab_size
+    return (frozen.embed,) if copied else (frozen.embed, frozen.lm_head)
+
+
+def kept_block(config: TargetConfig, block: Block | None, mesh: Mesh) -> Block | None:
+    """The blocks of FP8 in memory: None where loading multiplies a small target out."""
+    return None if isinstance(config, GlmConfig) and is_compact(config, mesh) else block
 
 
 def target_params(config: TargetConfig, block: Block | None) -> Any:

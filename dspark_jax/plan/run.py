@@ -25,7 +25,7 @@ from dspark_jax.plan.memory import (
     tree_bytes,
 )
 from dspark_jax.plan.models import find_models
-from dspark_jax.plan.program import Program, decode_program, plain_program
+from dspark_jax.plan.program import Program, decode_program, kept_block, plain_program
 from dspark_jax.plan.report import show
 from dspark_jax.plan.settings import PlanSettings, check
 from dspark_jax.plan.topology import devices_of
@@ -51,9 +51,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     models = find_models(settings.target, settings.draft)
     tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, models)
     mesh = target_mesh(devices_of(machine), tensor)
-    target = target_needs(
-        ((e.name, e.shape) for e in entries(models.target)), models.target, models.block
-    )
+    models = models._replace(block=kept_block(models.target, models.block, mesh))
+    tensors = ((e.name, e.shape) for e in entries(models.target))
+    target = target_needs(tensors, models.target, models.block)
     drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
     sizes = (settings.batch, settings.context)
     plain = plain_program(models.target, models.block, mesh, *sizes)

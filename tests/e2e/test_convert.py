@@ -20,7 +20,8 @@ from dspark_jax.config import DraftConfig
 from dspark_jax.convert.__main__ import main
 from dspark_jax.convert.files import write_tensors
 from dspark_jax.convert.importing import training_flags
-from dspark_jax.convert.tensors import copied
+from dspark_jax.convert.run_record import target_tensors
+from dspark_jax.convert.tensors import chosen_rows, copied
 from dspark_jax.draft_files import read_tensors, whole
 from dspark_jax.draft_formats.dense import DFLASH
 from dspark_jax.draft_formats.formats import read
@@ -100,6 +101,22 @@ def test_the_target_of_a_run_gives_its_tables(tmp_path: Path):
     assert len(screen.splitlines()) <= 24
     for said in ("imported from deepspec", "[1, 2, 3] by what enters", "[0, 1, 2] by output"):
         assert said in screen
+
+
+def test_a_target_of_orbax_arrays_gives_the_same_tables(tmp_path: Path):
+    run, saved = make_run(tmp_path / "run"), tmp_path / "target"
+    convert("target", "--source", TARGET, "--output", saved)
+    export = ("export", "--checkpoint", run, *NAMED, "--format", "deepspec")
+    for target in (TARGET, saved):
+        convert(*export, "--target", target, "--output", tmp_path / f"of-{target.name}")
+    ours, theirs = (
+        load_file(tmp_path / f"of-{name}" / "model.safetensors") for name in ("target", TARGET.name)
+    )
+    assert ours.keys() == theirs.keys() >= {"embed_tokens.weight", "lm_head.weight"}
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    head = target_tensors(saved)["lm_head.weight"]
+    rows = chosen_rows(head, "head", [3, 500], np.dtype(jnp.bfloat16)).pieces()
+    assert np.array_equal(np.concatenate(list(rows)), theirs["lm_head.weight"][np.array([3, 500])])
 
 
 def make_dflash(folder: Path) -> DraftConfig:

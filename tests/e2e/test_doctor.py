@@ -17,14 +17,17 @@ from safetensors.flax import load_file, save_file
 
 from dspark_jax.anchors import make_blocks
 from dspark_jax.checkpoints.folder import embedded
+from dspark_jax.convert import doctor
 from dspark_jax.convert.__main__ import main
-from dspark_jax.convert.doctor import diagnosis_of, judged, report
+from dspark_jax.convert.doctor import check_pair, diagnosis_of, judged, report
 from dspark_jax.convert.evidence import PROMPTS, Evidence, gather, load
 from dspark_jax.convert.patient import open_patient, survived
+from dspark_jax.convert.source import read_object
 from dspark_jax.convert.verdict import Diagnosis
 from dspark_jax.draft import draft_graphdef
 from dspark_jax.drafter import score_blocks
 from dspark_jax.layers import rms_norm
+from dspark_jax.targets.families import read_config
 from dspark_jax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,38 @@ def test_the_command_finds_nothing_in_the_good_draft(
     assert standings["without the target's states"] == "worse"
     length = {r["reading"]: r["acceptance_length"] for r in said["readings"]}
     assert length["as configured"] > 2.8
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--prompt-tokens", "0"), "--prompt-tokens is 0; give at least 1"),
+        (("--answer-tokens", "0"), "--answer-tokens is 0; give at least 1"),
+        (("--answer-tokens", "3"), "--answer-tokens 3 is shorter than a block of 8"),
+        (("--blocks", "0"), "--blocks is 0; give at least 1"),
+        (("--blocks", "-3"), "--blocks is -3; give at least 1"),
+        (("--json", "nowhere/result.json"), "--json nowhere/result.json has no folder"),
+        (("--json", "."), "--json . is a folder"),
+    ],
+)
+def test_flags_are_refused_before_anything_runs(
+    flags: tuple[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(doctor, "load", None)
+    arguments = ["convert", "doctor", "--draft", str(DRAFT), "--target", str(TARGET), *flags]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_layer_ids_below_the_first_are_refused(broken: Callable[..., Path]):
+    folder = broken(aux_hidden_state_layer_ids=[-1, 1, 2])
+    target = read_config(read_object(TARGET / "config.json"))
+    with pytest.raises(ValueError, match=r"reads aux layers \[-1, 1, 2\] .* one too low"):
+        check_pair(open_patient(str(folder)), target, TARGET)
 
 
 def test_the_other_layout_is_named(broken: Callable[..., Path]):

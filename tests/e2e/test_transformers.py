@@ -53,5 +53,6 @@ def test_the_embedded_target_gives_the_logits_of_transformers(
 def test_its_generate_is_timed_on_the_same_files() -> None:
     pytest.importorskip("torch", reason=OPTIONAL)
     loaded = load_target(embedded("tiny-glm"), ())
-    found = measure_transformers(loaded.folder, [prompt_tokens(loaded.tokenizer, QUESTION)], 8)
+    prompts = [prompt_tokens(loaded.tokenizer, QUESTION)]
+    found = measure_transformers(loaded.folder, prompts, 8, pytest.fail)
     assert found is not None and 0 < found["tokens"] <= 8 and found["tokens_per_second"] > 0

@@ -305,6 +305,15 @@ def test_another_format_is_not_taken_for_a_run(
     assert "import it first" in refusal(*again)
 
 
+@pytest.mark.parametrize("value", [0, -2])
+def test_sizes_are_positive(
+    value: int, importing: Callable[[], str], refusal: Callable[..., str], source: Path
+):
+    change_config(source, transformer_layer_config__head_dim=value)
+    said = f"transformer_layer_config.head_dim {value}; drafts here need a positive integer"
+    assert said in importing() and said in refusal("inspect", source)
+
+
 def test_no_such_source_and_no_such_draft(refusal: Callable[..., str], tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "nowhere", tmp_path / "empty"):

@@ -16,11 +16,12 @@ from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.checkpoints.quantisation import quantisation
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.convert.__main__ import main
+from dspark_jax.convert.target import chosen_devices, written_bytes
 from dspark_jax.fp8 import BlockScaled
 from dspark_jax.sharding import target_mesh
 from dspark_jax.target_folder import load_target
 from dspark_jax.targets.families import read_config
-from dspark_jax.targets.load import load_params
+from dspark_jax.targets.load import FP8, SCALES, load_params
 from dspark_jax.targets.orbax import ARRAYS, read_params, save_params
 
 TARGETS = Path(__file__).parents[1] / "golden" / "targets"
@@ -81,6 +82,27 @@ def test_arrays_are_the_bits_of_the_safetensors_on_another_mesh(source: Path, tm
     for mine, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         assert mine.sharding.is_equivalent_to(other.sharding, mine.ndim)
     assert target_fingerprint(folder) == target_fingerprint(source)
+
+
+@pytest.mark.parametrize("count", [0, -1, 99])
+def test_devices_that_are_not_there_are_refused(count: int):
+    with pytest.raises(ValueError, match=f"--devices {count} does not fit the 8 devices here"):
+        chosen_devices(count)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_disk_is_asked_for_the_written_type(dtype: str):
+    stored = stored_tensors(TARGETS / "qwen3_tied")
+    narrow = {n: t._replace(dtype=np.dtype(jnp.bfloat16)) for n, t in stored.items()}
+    count = sum(int(np.prod(t.shape)) for t in stored.values())
+    width = jnp.dtype(dtype).itemsize
+    assert written_bytes(stored, dtype) == written_bytes(narrow, dtype) == count * width
+
+
+def test_the_disk_is_asked_for_fp8_as_it_is_stored():
+    stored = stored_tensors(TARGETS / "glm_small_fp8")
+    kept = {n: t for n, t in stored.items() if t.dtype == FP8 or n.endswith(SCALES)}
+    assert kept and written_bytes(kept, "float32") == sum(t.nbytes for t in kept.values())
 
 
 def test_a_mesh_that_cuts_blocks_is_refused(tmp_path: Path):
