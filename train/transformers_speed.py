@@ -21,7 +21,9 @@ def measure_transformers(
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=False
+    )
 
     def answer(prompt: np.ndarray) -> int:
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
