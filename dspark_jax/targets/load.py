@@ -44,6 +44,7 @@ def load_params(
     Args:
         stored: What the checkpoint holds, from `stored_tensors`.
         block: Rows and columns [out, in] of a weight that share a scale, from `quantisation`.
+        dtype: None for the type that each parameter is stored in; only with `as_stored`.
         as_stored: Whether FP8 stays even where the target is small.
 
     Raises ValueError, before any data is read, that lists every tensor which is missing, extra,
@@ -57,7 +58,9 @@ def load_params(
     check_tensors(config, wanted, {name: tensor.shape for name, tensor in stored.items()})
     check_types(table, scales, stored, quantised, block)
     shapes = dict(nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param)))
-    kept = {path: (param.shape, kept_type(path, dtype)) for path, param in shapes.items()}
+    own = stored_types(table, stored)
+    types = {path: kept_type(path, own[path] if dtype is None else dtype) for path in shapes}
+    kept = {path: (param.shape, types[path]) for path, param in shapes.items()}
     kept |= {path: (shapes[path].shape, FP8) for path in quantised}
     if block:
         cut = {path: scale_shape(shapes[path].shape, block) for path in quantised}
@@ -117,6 +120,24 @@ def params_shapes(config: TargetConfig, block: tuple[int, int] | None, dtype: An
 def kept_type(path: ParamPath, dtype: Any) -> Any:
     """The type a parameter is kept in: the bias that chooses experts is always float32."""
     return jnp.float32 if path[-1] == "e_score_correction_bias" else dtype
+
+
+def stored_types(
+    table: Iterable[Entry], stored: Mapping[str, Stored]
+) -> dict[ParamPath, jnp.dtype]:
+    """The type of every parameter that holds all numbers of its tensors."""
+    types: dict[ParamPath, jnp.dtype] = {}
+    for entry in table:
+        kind = stored[entry.name].dtype
+        types[entry.path] = jnp.promote_types(kind, types.get(entry.path, kind))
+    return types
+
+
+def is_narrowed(config: TargetConfig, stored: Mapping[str, Stored], dtype: Any) -> bool:
+    """Whether parameters kept in `dtype` lose bits of what is stored; FP8 stays as it is."""
+    own = {p: t for p, t in stored_types(entries(config), stored).items() if t != FP8}
+    kept = {path: jnp.dtype(kept_type(path, dtype)) for path in own}
+    return any(jnp.promote_types(own[path], kept[path]) != kept[path] for path in own)
 
 
 def blocks(shape: Iterable[int], block: Iterable[int]) -> tuple[int, ...]:

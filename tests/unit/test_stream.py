@@ -179,9 +179,7 @@ def test_a_write_touches_only_the_place_that_it_writes(tmp_path: Path, kind: jnp
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 0.0, -1.5])
-def test_scales_that_cannot_be_are_refused_before_anything_is_allocated(
-    tmp_path: Path, bad: float
-):
+def test_scales_that_cannot_be_are_refused_before_anything_is_allocated(tmp_path: Path, bad: float):
     scales = np.ones((16, 4), np.float32)
     scales[13, 2] = bad
     save_file({"q.weight_scale_inv": scales}, tmp_path / "model.safetensors")
