@@ -4,7 +4,6 @@ The target runs once, for all readings of the draft.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from dspark_jax.convert.source import read_object
 from dspark_jax.generation import plain_generate, plain_prefill, plain_state
 from dspark_jax.loop import Request
 from dspark_jax.sharding import target_mesh
+from dspark_jax.target_folder import read_tokenizer
 from dspark_jax.targets.families import make_target, read_config
 from dspark_jax.targets.orbax import read_params
 from dspark_jax.types import Frozen, Rows, Target
@@ -98,7 +98,7 @@ def load(folder: Path, layers: Sequence[int], tensor_parallel: int, dtype: str) 
         described, aux_layer_ids=tuple(sorted({j for j in layers if 0 <= j <= depth}))
     )
     tokenizer, mesh = (
-        load_tokenizer(folder),
+        read_tokenizer(folder),
         target_mesh(jax.devices()[:tensor_parallel], tensor_parallel),
     )
     target = make_target(config, mesh)
@@ -106,18 +106,6 @@ def load(folder: Path, layers: Sequence[int], tensor_parallel: int, dtype: str) 
     return Loaded(
         folder, config, target, params, tokenizer, end_tokens(folder, described, tokenizer)
     )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A target's tokenizer; ValueError when it has none."""
-    # Only the tokenizer is used; without this, transformers warns that torch is missing.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
-        raise ValueError(f"the tokenizer of {folder} cannot be read: {error}.") from error
 
 
 def end_tokens(folder: Path, described: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:

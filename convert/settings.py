@@ -99,8 +99,9 @@ class Target:
     """Folder or hub id (org/name[@revision]) of a GLM-5 or Qwen3 in safetensors."""
     output: Path
     """Folder to make; it may exist if it is empty."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the weights; FP8 ones stay as they are."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the weights, as they are stored when not given; FP8 ones stay as they are. Narrowed
+    weights are another target: drafts made for the source are not taken for theirs."""
     devices: int | None = None
     """Devices that read and write; all when not given."""
     tensor_parallel: int = 1

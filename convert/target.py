@@ -20,7 +20,7 @@ from dspark_jax.convert.settings import Target
 from dspark_jax.convert.source import read_object
 from dspark_jax.sharding import target_mesh
 from dspark_jax.targets.families import read_config
-from dspark_jax.targets.load import FP8, SCALES, kept_type, load_params
+from dspark_jax.targets.load import FP8, SCALES, is_narrowed, kept_type, load_params
 from dspark_jax.targets.mesh import check_mesh
 from dspark_jax.targets.orbax import ARRAYS, is_saved, save_params
 
@@ -53,13 +53,19 @@ def convert_target(given: Target) -> str:
 
         params = load_params(config, stored, block, mesh, given.dtype, progress, as_stored=True)
         status.update("writing the arrays")
-        about = {"source": given.source, "source_sha256": target_fingerprint(source)}
+        narrowed = given.dtype is not None and is_narrowed(config, stored, given.dtype)
+        about = {
+            "source": given.source,
+            "source_sha256": target_fingerprint(source),
+            "narrowed_to": given.dtype if narrowed else None,
+        }
         with appearing(given.output) as folder:
             copy_beside(source, folder)
             save_params(folder, params, about)
     size = sum(p.stat().st_size for p in (given.output / ARRAYS).rglob("*") if p.is_file())
     return (
-        f"converted {given.source} to {given.output}: {size:,} bytes, {given.dtype}"
+        f"converted {given.source} to {given.output}: {size:,} bytes, "
+        f"{given.dtype or 'types as stored'}"
         f"{', FP8 as it is stored' if block else ''}.\nto train on it: python -m dspark_jax.train "
         f"--target {given.output}"
     )
@@ -78,11 +84,11 @@ def chosen_devices(count: int | None) -> list[Any]:
     return devices[:count]
 
 
-def written_bytes(stored: Mapping[str, Stored], dtype: str) -> int:
-    """What the arrays take: FP8 and its scales as they are stored, all else in `dtype`."""
+def written_bytes(stored: Mapping[str, Stored], dtype: str | None) -> int:
+    """What the arrays take: FP8 and its scales as they are stored, all else in `dtype` if given."""
 
     def width(tensor: Stored) -> int:
-        if tensor.dtype == FP8 or tensor.name.endswith(SCALES):
+        if dtype is None or tensor.dtype == FP8 or tensor.name.endswith(SCALES):
             return tensor.dtype.itemsize
         return jnp.dtype(kept_type(tuple(tensor.name.split(".")), dtype)).itemsize
 

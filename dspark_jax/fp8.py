@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float8e4m3fn, Int
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 LARGEST = 448.0
 """Of e4m3fn, which has no infinity: JAX turns what exceeds 464 into NaN."""
@@ -196,18 +195,6 @@ def matmul_w8a8(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array,
     scales = _spread(kernel.scales, (1, columns), (len(kernel.scales), size_out))
     y = jnp.sum(partial * tokens.scales.T[:, :, None] * scales[:, None], axis=0)
     return y.reshape(*x.shape[:-1], size_out).astype(x.dtype)
-
-
-def check_scales(name: str, scales: ArrayLike) -> None:
-    """Refuse scales that no quantiser writes; `name` is the tensor's in its checkpoint."""
-    found = np.asarray(scales, np.float64)
-    wrong = np.argwhere(~(np.isfinite(found) & (found > 0)))
-    if len(wrong):
-        place = tuple(wrong[0].tolist())
-        raise ValueError(
-            f"{name} holds {found[place]} at {list(place)} ({len(wrong)} of {found.size} scales "
-            "are not finite and positive); fetch the checkpoint's file again."
-        )
 
 
 def _cut(x: Float[Array, "*lead i o"], block: Block) -> Float[Array, "*lead k r n c"]:

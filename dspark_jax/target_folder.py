@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
 
 from dspark_jax.checkpoints.fingerprint import target_fingerprint as target_fingerprint
 from dspark_jax.checkpoints.folder import resolve
@@ -89,14 +88,7 @@ def load_target(name: str | Path, aux_layer_ids: tuple[int, ...]) -> LoadedTarge
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer and its chat template; ValueError when either is missing or broken."""
-    # Only the tokenizer is used; without this, transformers warns that torch is missing.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
-        raise ValueError(f"the tokenizer of {folder} cannot be read: {error}.") from error
+    tokenizer = read_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {folder} has no chat template; add chat_template.jinja."
@@ -106,6 +98,28 @@ def load_tokenizer(folder: Path) -> Any:
     except TemplateError as error:
         raise ValueError(f"the chat template of {folder} is broken: {error}.") from error
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer, with or without a chat template; no code of the folder is run.
+
+    Raises ValueError when there is none, it is broken, or it needs code of its own.
+    """
+    # Only the tokenizer is used; without this, transformers warns that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        # Left unset, transformers would ask on the terminal whether to run the folder's code.
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer of {folder} needs code of its own (auto_map in its "
+                "tokenizer_config.json), which is never run; use a tokenizer that transformers "
+                "knows."
+            ) from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {error}.") from error
 
 
 def end_tokens(folder: Path, described: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
@@ -138,14 +152,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over a tokenizer and its chat template."""
     text = tokenizer.backend_tokenizer.to_str() + tokenizer.chat_template
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def open_safetensors(path: Path) -> Any:
-    """`safe_open` with one clear sentence when the file is broken."""
-    try:
-        return safe_open(path, framework="flax")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"weights {path} cannot be read: {error}.") from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

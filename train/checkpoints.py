@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dspark_jax.checkpoints.checksums import checksums
 from dspark_jax.train.hosts import from_first, said_by_all
 
 Say = Callable[[str], None]
@@ -240,17 +240,3 @@ def shapes(state: Any) -> str:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-@jax.jit
-def _sums(leaves: list[Any]) -> list[Any]:
-    def one(x: Any) -> Any:
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
-
-
-def checksums(state: Any) -> list[int]:
-    """The sum of every array's bits as whole numbers, wrapped at 2^32: order does not matter."""
-    return [int(x) for x in jax.device_get(_sums(jax.tree.leaves(state)))]

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
-from dspark_jax.config import DraftConfig, TargetConfig
+from dspark_jax.checkpoints.quantisation import quantisation
+from dspark_jax.config import DraftConfig
 from dspark_jax.draft import init_draft_params
 from dspark_jax.sharding import Family, make_mesh, target_mesh, tree_shardings
-from dspark_jax.targets.load import kept_type
+from dspark_jax.target_folder import TargetFiles
+from dspark_jax.targets.load import is_multiplied_out, params_shapes
 from dspark_jax.targets.mesh import family
-from dspark_jax.targets.weights import shape_of
 from dspark_jax.train.optimizer import make_optimizer
 from dspark_jax.train.settings import TrainSettings
 
@@ -40,25 +40,22 @@ def make_meshes(settings: TrainSettings) -> Meshes:
     return Meshes(draft=mesh, target=target_mesh(devices, settings.mesh.tensor_parallel))
 
 
-def target_shapes(config: TargetConfig, dtype: str) -> Any:
-    """The shapes and types of a target's parameters as they are loaded."""
-    flat = nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param))
-
-    def kept(path: Any, param: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(param.shape, kept_type(path, dtype))
-
-    return nnx.from_flat_state([(path, param.replace(kept(path, param))) for path, param in flat])
+def target_shapes(found: TargetFiles, mesh: Mesh, dtype: str) -> Any:
+    """The shapes and types of a target's parameters as they are kept: FP8 where it stays FP8."""
+    plain = is_multiplied_out(found.config, mesh)
+    block = None if plain else quantisation(found.described)
+    return params_shapes(found.config, block, jnp.dtype(dtype))
 
 
 def needed_bytes(
-    settings: TrainSettings, target: TargetConfig, draft: DraftConfig, meshes: Meshes
+    settings: TrainSettings, found: TargetFiles, draft: DraftConfig, meshes: Meshes
 ) -> dict[str, int]:
     """What training holds on every device at least, by what it is.
 
     Of the activations only the target's states and one residual stream per draft layer are counted,
     so that what does not fit by this does not fit.
     """
-    held = target_shapes(target, settings.compute_dtype)
+    held = target_shapes(found, meshes.target, settings.compute_dtype)
     params = jax.eval_shape(lambda: init_draft_params(draft, settings.seed))
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     weights = share_bytes(meshes.draft, params)
@@ -68,7 +65,7 @@ def needed_bytes(
     layers = 1 if settings.gradient_checkpointing else draft.num_hidden_layers
     width = draft.hidden_size * jnp.dtype(settings.compute_dtype).itemsize
     return {
-        "target": share_bytes(meshes.target, held, family(target)),
+        "target": share_bytes(meshes.target, held, family(found.config)),
         "draft and its gradient": 2 * weights,
         "optimizer state": share_bytes(meshes.draft, jax.eval_shape(optimizer.init, params)),
         "activations": rows * (states + slots * layers) * width,

@@ -73,7 +73,7 @@ def run(given: Command, arguments: Sequence[str] = ()) -> bool:
     target = make_target(found.config, meshes.target)
     check_mesh(config, meshes.target)
     check_batch(settings, meshes.draft)
-    needed = needed_bytes(settings, found.config, config, meshes)
+    needed = needed_bytes(settings, found, config, meshes)
     together(lambda: check_memory(needed, device_bytes(meshes.draft)))
     start = together(lambda: starting_point(settings, config, console))
     place = untouched if given.inspect_data else claimed

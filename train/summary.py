@@ -10,8 +10,9 @@ from rich.console import Console
 
 from dspark_jax.config import DraftConfig
 from dspark_jax.target_folder import TargetFiles
+from dspark_jax.targets.load import params_shapes
 from dspark_jax.train.command_line import command, repeated
-from dspark_jax.train.devices import Meshes, gigabytes, target_shapes
+from dspark_jax.train.devices import Meshes, gigabytes
 from dspark_jax.train.draft_files import WarmStart
 from dspark_jax.train.proof import holds
 from dspark_jax.train.settings import TrainSettings
@@ -27,7 +28,7 @@ def summary(
     """The models and where they run; `needed` is in bytes per device."""
     mesh = meshes.draft
     return (
-        f"target {found.folder.name}: {count(target_shapes(found.config, 'float32')):,} "
+        f"target {found.folder.name}: {count(params_shapes(found.config, None, 'float32')):,} "
         f"parameters; draft {count(start.params):,} ({config.draft_length} tokens a round, Markov "
         f"rank {config.markov_rank}); {mesh.size} of {jax.device_count()} "
         f"{mesh.devices.flat[0].platform} device(s), at least "

@@ -54,7 +54,9 @@ def generate_speed(folder: Path, prompts: Sequence[np.ndarray], max_tokens: int)
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=False
+    )
 
     def answer(prompt: np.ndarray) -> int:
         ids = torch.from_numpy(prompt.astype(np.int64))[None]

@@ -1,8 +1,11 @@
 """How a checkpoint's weights are quantised, as its config.json says."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+STORED_FP8 = re.compile(r"(?<!weights)_proj(_with_mqa)?\.weight$|\.(wq_b|wk)\.weight$")
+"""Matrices that published FP8 checkpoints store in FP8; all else is bfloat16."""
 NEEDED: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", None),

@@ -45,7 +45,7 @@ def stream(
 
     Each process reads only what its devices hold and tells `progress` of those bytes. Placements
     must fill every parameter exactly. Raises ValueError when a file cannot be read and, before
-    anything is allocated, when a `weight_scale_inv` is not finite.
+    anything is allocated, when a `weight_scale_inv` is not finite and positive.
     """
     rounds = plan_rounds(placements, params)
     wanted = [part for round_ in rounds for part in parts(round_)]
@@ -69,17 +69,21 @@ def stream(
 
 
 def _check_scales(wanted: Sequence[Part], pool: Executor) -> None:
+    """Refuse scales that no quantiser writes."""
     scales = [part for part in wanted if part.stored.name.endswith(SCALES)]
-    for part, finite in zip(scales, pool.map(_is_finite, scales), strict=True):
-        if not finite:
+    for part, wrong in zip(scales, pool.map(_wrong_scale, scales), strict=True):
+        if wrong is not None:
             raise ValueError(
-                f"tensor {part.stored.name} of {part.stored.path} holds scales that are NaN or "
-                "infinite; download the file again, or ask whoever quantised the model."
+                f"tensor {part.stored.name} of {part.stored.path} holds {wrong} where scales are "
+                "finite and positive; download the file again, or ask whoever quantised the model."
             )
 
 
-def _is_finite(part: Part) -> bool:
-    return bool(np.isfinite(read(part.stored, part.box).astype(np.float32)).all())
+def _wrong_scale(part: Part) -> float | None:
+    """The first scale that is not finite and positive."""
+    scales = read(part.stored, part.box).astype(np.float32)
+    wrong = scales[~(np.isfinite(scales) & (scales > 0))]
+    return float(wrong[0]) if wrong.size else None
 
 
 def _zeros(params: Parameters) -> dict[ParamPath, jax.Array]:

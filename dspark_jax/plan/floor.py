@@ -7,14 +7,12 @@ too: logits read a tied table whole.
 """
 
 import math
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dspark_jax.checkpoints.quantisation import STORED_FP8
 from dspark_jax.config import DraftConfig, GlmConfig, TargetConfig
 
-STORED_FP8 = re.compile(r"(?<!weights)_proj(_with_mqa)?\.weight$|\.(wq_b|wk)\.weight$")
-"""Matrices that published FP8 checkpoints store in FP8; all else is bfloat16."""
 WIDTH = 2
 """Bytes of a bfloat16 number."""
 

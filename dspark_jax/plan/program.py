@@ -9,21 +9,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from dspark_jax.config import DraftConfig, GlmConfig, TargetConfig
+from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.draft_weights import abstract_drafter
-from dspark_jax.fp8 import BlockScaled
 from dspark_jax.generation import plain_state
 from dspark_jax.loop import Request, Weights, decode_step, init_state
-from dspark_jax.plan.floor import STORED_FP8
 from dspark_jax.sampling import largest
 from dspark_jax.sharding import tree_shardings
 from dspark_jax.spread import over, rows
-from dspark_jax.targets.decoder import is_compact
 from dspark_jax.targets.families import make_target
-from dspark_jax.targets.load import FP8, kept_type, scale_shape
+from dspark_jax.targets.load import is_multiplied_out, params_shapes
 from dspark_jax.targets.mesh import family
-from dspark_jax.targets.weights import entries, shape_of
 from dspark_jax.types import DecodeState, Frozen, Rows, Target
 
 Block = tuple[int, int]
@@ -128,21 +124,12 @@ def shared_tables(target: TargetConfig, draft: DraftConfig, frozen: Frozen) -> t
 
 def kept_block(config: TargetConfig, block: Block | None, mesh: Mesh) -> Block | None:
     """The blocks of FP8 in memory: None where loading multiplies a small target out."""
-    return None if isinstance(config, GlmConfig) and is_compact(config, mesh) else block
+    return None if is_multiplied_out(config, mesh) else block
 
 
 def target_params(config: TargetConfig, block: Block | None) -> Any:
-    """Shapes of a target's parameters as they are loaded: FP8 where published files have FP8."""
-    stored = {e.path for e in entries(config) if block and STORED_FP8.search(e.name)}
-
-    def kept(path: Any, param: Any) -> Any:
-        if block is None or path not in stored:
-            return jax.ShapeDtypeStruct(param.shape, kept_type(path, TYPE))
-        scales = jax.ShapeDtypeStruct(scale_shape(param.shape, block), jnp.float32)
-        return BlockScaled(jax.ShapeDtypeStruct(param.shape, FP8), scales, (block[1], block[0]))
-
-    flat = nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param))
-    return nnx.from_flat_state([(path, param.replace(kept(path, param))) for path, param in flat])
+    """Shapes of a target's parameters as they are loaded, in bfloat16 or FP8."""
+    return params_shapes(config, block, TYPE)
 
 
 def narrow(tree: Any) -> Any:

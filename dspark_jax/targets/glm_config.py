@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_jax.config import GlmConfig
-from dspark_jax.targets.described import check_constants, required, rope_theta
+from dspark_jax.targets.described import check_constants, refuse, required, rope_theta, whole
 
 ARCHITECTURE = "GlmMoeDsaForCausalLM"
 CONSTANTS = {
@@ -37,11 +37,22 @@ def config_from_json(config: Mapping[str, Any], **overrides: Any) -> GlmConfig:
 def _indexer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     layers = config["num_hidden_layers"]
     if types := config.get("indexer_types"):
-        return tuple(types)
+        return _of_layers("indexer_types", types, list, {"full": "full", "shared": "shared"})
     if pattern := config.get("index_topk_pattern"):
-        return tuple("full" if letter == "F" else "shared" for letter in pattern)
-    every, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 1)
+        letters = {"F": "full", "S": "shared"}
+        return _of_layers("index_topk_pattern", pattern, str | list, letters)
+    every, offset = (
+        1 if config.get(key) is None else whole(key, config[key], least)
+        for key, least in (("index_topk_freq", 1), ("index_skip_topk_offset", 0))
+    )
     return tuple("full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(layers))
+
+
+def _of_layers(key: str, given: Any, kind: Any, words: Mapping[str, str]) -> tuple[str, ...]:
+    """What each word means; ValueError when there are others."""
+    if not isinstance(given, kind) or any(word not in tuple(words) for word in given):
+        refuse(key, given, f"only {' and '.join(words)} are")
+    return tuple(words[word] for word in given)
 
 
 def config_to_json(config: GlmConfig, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:

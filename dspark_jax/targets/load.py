@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dspark_jax import sharding
 from dspark_jax.checkpoints.header import Stored
+from dspark_jax.checkpoints.quantisation import STORED_FP8
 from dspark_jax.checkpoints.rounds import ParamPath, Placement
 from dspark_jax.checkpoints.stream import stream
 from dspark_jax.config import GlmConfig, TargetConfig
@@ -43,19 +44,23 @@ def load_params(
     Args:
         stored: What the checkpoint holds, from `stored_tensors`.
         block: Rows and columns [out, in] of a weight that share a scale, from `quantisation`.
+        dtype: None for the type that each parameter is stored in; only with `as_stored`.
         as_stored: Whether FP8 stays even where the target is small.
 
     Raises ValueError, before any data is read, that lists every tensor which is missing, extra,
     of another shape or of an unfitting type; then when scales are not finite or a file is cut off.
     """
     table = list(entries(config))
+    check_fp8(table, stored)
     quantised = {e.path for e in table if e.name in stored and stored[e.name].dtype == FP8}
     scales = [scale_of(e, block) for e in table if e.path in quantised] if block else []
     wanted = {e.name: e.shape for e in (*table, *scales)}
     check_tensors(config, wanted, {name: tensor.shape for name, tensor in stored.items()})
     check_types(table, scales, stored, quantised, block)
     shapes = dict(nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param)))
-    kept = {path: (param.shape, kept_type(path, dtype)) for path, param in shapes.items()}
+    own = stored_types(table, stored)
+    types = {path: kept_type(path, own[path] if dtype is None else dtype) for path in shapes}
+    kept = {path: (param.shape, types[path]) for path, param in shapes.items()}
     kept |= {path: (shapes[path].shape, FP8) for path in quantised}
     if block:
         cut = {path: scale_shape(shapes[path].shape, block) for path in quantised}
@@ -79,7 +84,7 @@ def load_params(
 
 def decoded(config: TargetConfig, params: Any, mesh: Mesh, dtype: Any) -> Any:
     """FP8 multiplied out where the target is small; else the parameters as they are."""
-    if not (isinstance(config, GlmConfig) and is_compact(config, mesh)):
+    if not is_multiplied_out(config, mesh):
         return params
 
     def plain(path: ParamPath, value: Any) -> Any:
@@ -93,9 +98,46 @@ def decoded(config: TargetConfig, params: Any, mesh: Mesh, dtype: Any) -> Any:
     )
 
 
+def is_multiplied_out(config: TargetConfig, mesh: Mesh) -> bool:
+    """Whether a target is small enough to be kept without FP8."""
+    return isinstance(config, GlmConfig) and is_compact(config, mesh)
+
+
+def params_shapes(config: TargetConfig, block: tuple[int, int] | None, dtype: Any) -> Any:
+    """Shapes of a target's parameters as they are loaded: FP8 where published files have FP8."""
+    stored = {e.path for e in entries(config) if block and STORED_FP8.search(e.name)}
+
+    def kept(path: Any, param: Any) -> Any:
+        if block is None or path not in stored:
+            return jax.ShapeDtypeStruct(param.shape, kept_type(path, dtype))
+        scales = jax.ShapeDtypeStruct(scale_shape(param.shape, block), jnp.float32)
+        return BlockScaled(jax.ShapeDtypeStruct(param.shape, FP8), scales, (block[1], block[0]))
+
+    flat = nnx.to_flat_state(nnx.state(shape_of(config), nnx.Param))
+    return nnx.from_flat_state([(path, param.replace(kept(path, param))) for path, param in flat])
+
+
 def kept_type(path: ParamPath, dtype: Any) -> Any:
     """The type a parameter is kept in: the bias that chooses experts is always float32."""
     return jnp.float32 if path[-1] == "e_score_correction_bias" else dtype
+
+
+def stored_types(
+    table: Iterable[Entry], stored: Mapping[str, Stored]
+) -> dict[ParamPath, jnp.dtype]:
+    """The type of every parameter that holds all numbers of its tensors."""
+    types: dict[ParamPath, jnp.dtype] = {}
+    for entry in table:
+        kind = stored[entry.name].dtype
+        types[entry.path] = jnp.promote_types(kind, types.get(entry.path, kind))
+    return types
+
+
+def is_narrowed(config: TargetConfig, stored: Mapping[str, Stored], dtype: Any) -> bool:
+    """Whether parameters kept in `dtype` lose bits of what is stored; FP8 stays as it is."""
+    own = {p: t for p, t in stored_types(entries(config), stored).items() if t != FP8}
+    kept = {path: jnp.dtype(kept_type(path, dtype)) for path in own}
+    return any(jnp.promote_types(own[path], kept[path]) != kept[path] for path in own)
 
 
 def blocks(shape: Iterable[int], block: Iterable[int]) -> tuple[int, ...]:
@@ -120,6 +162,16 @@ def placement(entry: Entry, stored: Mapping[str, Stored]) -> Placement:
     return Placement(stored[entry.name], entry.path, entry.place, transposed)
 
 
+def check_fp8(table: Iterable[Entry], stored: Mapping[str, Stored]) -> None:
+    """Raise ValueError that names the FP8 tensors which no product here takes as FP8."""
+    fp8 = (e.name for e in table if e.name in stored and stored[e.name].dtype == FP8)
+    if unfit := [name for name in fp8 if not STORED_FP8.search(name)]:
+        raise ValueError(
+            f"{len(unfit)} tensors are FP8 but only projections may be: {'; '.join(unfit)}; use a "
+            "checkpoint that keeps them in bfloat16."
+        )
+
+
 def check_types(
     table: Iterable[Entry],
     scales: Iterable[Entry],
@@ -135,9 +187,9 @@ def check_types(
         )
     problems = list(_mixed(table, stored, quantised))
     problems += [
-        f"{e.name} is {stored[e.name].dtype} instead of float32"
+        f"{e.name} is {stored[e.name].dtype}, no floating-point type"
         for e in scales
-        if stored[e.name].dtype != jnp.float32
+        if not jnp.issubdtype(stored[e.name].dtype, jnp.floating)
     ]
     if problems:
         raise ValueError(f"{len(problems)} tensors have an unfitting type: {'; '.join(problems)}.")

@@ -123,8 +123,8 @@ def check_tensors(
     def beyond(name: str) -> bool:
         parts = name.split(".")
         tied = name == "lm_head.weight" and getattr(config, "tie_word_embeddings", False)
-        past = parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers
-        return tied or past
+        numbered = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal()
+        return tied or (numbered and int(parts[2]) >= config.num_hidden_layers)
 
     problems = [f"missing {name}" for name in wanted.keys() - found.keys()]
     problems += [f"unexpected {n}" for n in found.keys() - wanted.keys() if not beyond(n)]

@@ -15,7 +15,6 @@ from dspark_jax.fp8 import (
     LARGEST,
     Block,
     BlockScaled,
-    check_scales,
     dequantise,
     matmul,
     matmul_w8a8,
@@ -99,7 +98,7 @@ def test_every_block_is_quantised_as_if_alone(case, seed):
 
 def test_a_block_of_zeros_has_a_scale_that_is_not_zero():
     scaled = quantise(jnp.zeros((4, 6)), (4, 3))
-    check_scales("zeros", scaled.scales)
+    assert np.all(np.asarray(scaled.scales) > 0)
     assert not np.any(dequantise(scaled, jnp.float32))
 
 
@@ -265,21 +264,3 @@ def test_values_and_scales_are_sharded_alike():
     assert "all-" not in str(compiled.as_text())  # blocks are whole, so no weight moves
     ours = compiled(x, jax.device_put(scaled, spread))
     np.testing.assert_allclose(ours, matmul(x, scaled), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 0.0, -1.5])
-def test_scales_that_cannot_be_are_refused_in_one_sentence(bad: float):
-    scales = np.ones((3, 4), np.float32)
-    check_scales("good", scales)
-    scales[1, 2] = scales[2, 0] = bad
-    with pytest.raises(ValueError) as error:
-        check_scales("model.layers.0.mlp.up_proj.weight_scale_inv", scales)
-    message = str(error.value)
-    assert message.startswith(f"model.layers.0.mlp.up_proj.weight_scale_inv holds {bad} at [1, 2]")
-    assert "2 of 12" in message and message.count(". ") == 0 and message.endswith(".")
-
-
-def test_scales_on_a_device_and_in_bfloat16_are_checked_too():
-    check_scales("good", jnp.ones((2, 2), jnp.bfloat16))
-    with pytest.raises(ValueError, match="nan"):
-        check_scales("bad", jnp.full((2, 2), jnp.nan, jnp.bfloat16))

@@ -132,8 +132,42 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     scale = read_raw(folder / "model.safetensors")[SCALED].copy()
     scale[0, 0] = np.nan
     rewrite(folder, {SCALED: scale})
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="holds nan where scales are finite"):
         load(folder, (1, 1))
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.float16])
+def test_scales_of_any_float_type_are_taken(tmp_path: Path, kind: Any) -> None:
+    folder = fp8_folder(tmp_path)
+    scale = read_raw(folder / "model.safetensors")[SCALED].astype(kind)
+    rewrite(folder, {SCALED: scale})
+    layer = load(folder, (2, 1))["layers"][0][0]
+    found = layer["self_attn"]["q_b_proj"]["kernel"][...].scales
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(found).T, scale.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.self_attn.indexer.weights_proj.weight",
+        "model.layers.0.self_attn.indexer.k_norm.bias",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+    ],
+)
+def test_fp8_where_nothing_takes_it_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = fp8_folder(tmp_path)
+    old = read_raw(folder / "model.safetensors")[name]
+    scales = [-(-n // b) for n, b in zip(old.shape, (16, 9), strict=False)]
+    changes = {name: old.astype(jnp.float8_e4m3fn), f"{name}_scale_inv": np.ones(scales)}
+    rewrite(folder, changes)
+    with pytest.raises(ValueError, match=f"1 tensors are FP8 .* may be: {name}; use a"):
+        load(folder, (2, 1))
 
 
 def test_fp8_weights_need_their_description(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from dspark_jax.convert.target import chosen_devices, written_bytes
 from dspark_jax.fp8 import BlockScaled
 from dspark_jax.sharding import target_mesh
 from dspark_jax.target_folder import load_target
+from dspark_jax.targets import orbax
 from dspark_jax.targets.families import read_config
 from dspark_jax.targets.load import FP8, SCALES, load_params
 from dspark_jax.targets.orbax import ARRAYS, read_params, save_params
+from dspark_jax.targets.weights import shape_of
 
 TARGETS = Path(__file__).parents[1] / "golden" / "targets"
 
@@ -132,14 +134,118 @@ def test_arrays_of_another_config_are_refused(tmp_path: Path):
         read(folder, 1, 1)
 
 
+def tied(tmp_path: Path) -> Path:
+    """A small target's arrays, without FP8."""
+    shutil.copytree(TARGETS / "qwen3_tied", tmp_path / "source")
+    return saved(tmp_path / "source", tmp_path / "saved", 1, 1)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Files with arrays' bytes, the largest first."""
+    return sorted((folder / ARRAYS).rglob("d/*"), key=lambda file: -file.stat().st_size)
+
+
 def test_arrays_that_are_not_whole_are_refused(tmp_path: Path):
-    source = tmp_path / "source"
-    shutil.copytree(TARGETS / "qwen3_tied", source)
-    folder = saved(source, tmp_path / "saved", 1, 1)
-    for file in (folder / ARRAYS).rglob("d/*"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    folder = tied(tmp_path)
+    refused, source = 0, bits(read(folder, 1, 1))
+    for file in data_files(folder)[:2]:  # some hold only what others hold too
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        try:
+            assert bits(read(folder, 1, 1)) == source
+        except ValueError as error:
+            assert str(error).endswith("make it again with `convert target`.")
+            assert "\n" not in str(error)
+            refused += 1
+        file.write_bytes(whole)
+    assert refused
+
+
+def test_arrays_with_changed_bytes_are_refused(tmp_path: Path):
+    folder = tied(tmp_path)
+    file = data_files(folder)[0]
+    damaged = bytearray(file.read_bytes())
+    middle = len(damaged) // 2
+    for i in range(middle, middle + 64):
+        damaged[i] ^= 0x15
+    file.write_bytes(damaged)
     with pytest.raises(ValueError, match="make it again"):
         read(folder, 1, 1)
+    with pytest.raises(ValueError, match="make it again"):
+        read(folder, 2, 1, jnp.bfloat16)
+
+
+def test_checksums_name_the_array_that_is_not_what_was_saved(tmp_path: Path):
+    folder = tied(tmp_path)
+    record = json.loads((folder / RECORD).read_text())
+    record["checksums"]["norm.scale" if "norm.scale" in record["arrays"] else "norm.weight"] += 1
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(
+        ValueError, match=r"norm\.\w+ in .* has checksum \d+ but \d+ was saved; make"
+    ):
+        read(folder, 1, 1)
+    del record["checksums"]  # as folders were made before
+    (folder / RECORD).write_text(json.dumps(record))
+    assert bits(read(folder, 1, 1)) == bits(read(tmp_path / "source", 1, 1))
+
+
+def test_arrays_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tied(tmp_path)
+    whole = bits(read(folder, 1, 1))
+    monkeypatch.setattr(orbax, "BATCH_BYTES", 4000)
+    assert bits(read(folder, 1, 1)) == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks": {"embed_tokens": 3}},
+        {"blocks": {"embed_tokens": [16, "x"]}},
+        {"blocks": {"embed_tokens": [16, 9]}},
+        {"blocks": {"nothing": [16, 9]}},
+        {"arrays": {"embed_tokens": 3}},
+        {"arrays": {"embed_tokens": ["x", "float32"]}},
+        {"arrays": {"embed_tokens": [[1, 2], 3]}},
+        {"types": "no_type"},
+        {"checksums": 3},
+        {"checksums": {"embed_tokens": 1}},
+        {"source_sha256": 3},
+        {"narrowed_to": 3},
+    ],
+)
+def test_a_broken_record_is_one_sentence(tmp_path: Path, change: dict[str, Any]):
+    described = json.loads((TARGETS / "qwen3_tied" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    shapes = {
+        ".".join(map(str, path)): param.shape
+        for path, param in nnx.to_flat_state(nnx.state(shape_of(read_config(described)), nnx.Param))
+    }
+    kind = change.pop("types", "float32")
+    arrays = {name: [list(shape), kind] for name, shape in shapes.items()}
+    record = {"source_sha256": "0", "blocks": {}, "arrays": arrays} | change
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="make (it|the folder) again with `convert target`"):
+        read(tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_only_narrowed_arrays_are_another_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+):
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    shutil.copy(TARGETS / "qwen3_tied" / "config.json", source)
+    shutil.copy(TARGETS / "qwen3_tied" / "model.safetensors", source)
+    stored = {tensor.dtype.name for tensor in stored_tensors(source).values()}
+    assert stored == {"float32"}
+    arguments = ["convert", "target", "--source", str(source), "--output", str(output)]
+    arguments += [] if dtype is None else ["--dtype", dtype]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert main() == 0
+    kept = {kind for _, kind in json.loads((output / RECORD).read_text())["arrays"].values()}
+    assert kept == {dtype or "float32"}
+    same = bits(read(output, 1, 1)) == bits(read(source, 1, 1))
+    assert same == (target_fingerprint(output) == target_fingerprint(source)) == (kept == stored)
 
 
 def test_the_command_makes_a_folder_that_training_takes(

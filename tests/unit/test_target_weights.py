@@ -113,6 +113,12 @@ def test_every_misfit_is_named_in_one_error():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["model.layers", "model.layers.x.y", "model.layers.-7.weight"])
+def test_layers_without_a_number_are_unexpected(name: str):
+    with pytest.raises(ValueError, match=f"1 tensors .*: unexpected {name}$"):
+        read(CONFIG, tensors() | {name: np.zeros(2, np.float32)})
+
+
 def test_misfits_are_found_before_anything_is_read():
     shapes = {name: value.shape for name, value in tensors().items()}
     del shapes["lm_head.weight"]
@@ -155,3 +161,45 @@ def test_how_layers_share_indexers_can_be_said_in_three_ways():
     assert read_as(frequency, pattern) == ("full", "full", "shared", "shared", "full")
     assert read_as(frequency, pattern, {"indexer_types": spelled}) == CONFIG.indexer_types
     assert read_as() == ("full",) * 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", 3),
+        ("rope_parameters", "x"),
+        ("rope_parameters", {"rope_theta": "x"}),
+        ("rope_scaling", [1]),
+        ("index_topk_freq", 0),
+        ("index_topk_freq", "2"),
+        ("index_skip_topk_offset", "x"),
+        ("index_topk_pattern", 5),
+        ("index_topk_pattern", [1, 0, 1, 0, 1]),
+        ("index_topk_pattern", "FSXSF"),
+        ("indexer_types", [1, 0, 1, 0, 1]),
+        ("indexer_types", "full"),
+        ("num_hidden_layers", "5"),
+        ("rms_norm_eps", "small"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_sentence(key: str, value: Any):
+    described = config_to_json(CONFIG, 1, 0)
+    if key.startswith("index_"):
+        del described["indexer_types"]
+        described["index_topk_freq"] = 2
+    with pytest.raises(ValueError) as error:
+        config_from_json(described | {key: value})
+    said = str(error.value)
+    named = "rope_theta" if isinstance(value, dict) else key
+    assert said.startswith(f"config.json has {named} ") and said.endswith("own file.")
+    assert said.count(". ") == 0 and "needed" in said
+
+
+def test_a_key_that_is_null_is_as_good_as_absent():
+    described = config_to_json(CONFIG, 1, 0)
+    del described["indexer_types"]
+    nulls = ("index_topk_freq", "index_skip_topk_offset", "index_topk_pattern", "attention_bias")
+    assert config_from_json(described | dict.fromkeys(nulls)) == config_from_json(described)
+    moved = {"rope_theta": 5.0, "rope_parameters": {"rope_theta": None, "rope_type": None}}
+    assert config_from_json(described | moved).rope_theta == 5.0
+    assert config_from_json(described | {"rope_theta": 5.0, "rope_parameters": None})
