@@ -1,5 +1,6 @@
 """`python -m dspark_jax.serve`: the command line of serving."""
 
+import os
 import sys
 
 import tyro
@@ -11,8 +12,10 @@ def main() -> int:
     """Exit code 0, also after SIGTERM; 1 when the engine failed; 2 with one sentence otherwise."""
     given = tyro.cli(ServeSettings, prog="python -m dspark_jax.serve", description=__doc__)
     try:
-        check(given)
         speculation = read_speculation(given.speculative_config)
+        check(given, speculation)
+        # Only tokenizers are used; without this, transformers warns that torch is missing.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from dspark_jax.serve.run import run  # jax is imported only once the flags are right
 
         return run(given, speculation)

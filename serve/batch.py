@@ -1,8 +1,9 @@
 """The sequences decoded together: who enters, whom a round serves, what it gave to whom."""
 
+import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +11,17 @@ import numpy as np
 
 from dspark_jax.paged_loop import Control, Result
 from dspark_jax.serve.editing import fill
-from dspark_jax.serve.grammar import Grammars
 from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Programs, Shape
 from dspark_jax.serve.sequence import Sequence
+from dspark_jax.truncation import Edits
+
+LOG = logging.getLogger(__name__)
+LEARNING = 0.05
+"""How much a round's time changes what its kind is known to take."""
 
 
 class Round(NamedTuple):
@@ -27,6 +32,8 @@ class Round(NamedTuple):
     shape: Shape
     result: Result
     begun: float
+    undisturbed: bool
+    """Nothing but rounds ran on the device since the one before."""
 
 
 class Batch:
@@ -41,16 +48,16 @@ class Batch:
         programs: Programs,
         pages: Pages,
         policy: Policy,
-        grammars: Grammars,
         ends: frozenset[int],
         metrics: Metrics,
-        seconds: Mapping[Shape, float],
+        seconds: dict[Shape, float],
         draft_greedily: bool = False,
         confident: bool = True,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
-        self.grammars, self.ends, self.draft_greedily = grammars, ends, draft_greedily
+        self.ends, self.draft_greedily = ends, draft_greedily
         self.metrics, self.seconds, self.confident = metrics, seconds, confident
+        self._heard, self._undisturbed = 0.0, True
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pending: deque[Round] = deque()
@@ -93,8 +100,6 @@ class Batch:
     def _admit(self) -> None:
         while self.waiting and self._slots:
             sequence = self.waiting[0]
-            if not self._prepare(sequence):
-                continue
             known = self.pages.find(sequence.tokens[:-1], sequence.work.cache_salt)
             more = self.pages.take(self._pages_for(sequence, 1) - len(known))
             if more is None:
@@ -107,26 +112,15 @@ class Batch:
             self.running.append(sequence)
             self.metrics.admitted(len(sequence.tokens), sequence.cached)
 
-    def _prepare(self, sequence: Sequence) -> bool:
-        """Read its grammar, once; a grammar that cannot be read ends it."""
-        if sequence.work.grammar is None or sequence.matcher is not None:
-            return True
-        try:
-            sequence.matcher = self.grammars.matcher(sequence.work.grammar)
-        except ValueError as error:
-            self.end(sequence, "error", str(error))
-            return False
-        return True
-
     def _read_prompt(self) -> None:
         sequence = next((s for s in self.running if not s.prefilled), None)
         if sequence is None:
             return
         rest = np.asarray(sequence.tokens[sequence.rows : -1], np.int32)
-        begun = time.monotonic()
         taken = self.programs.prefill(rest, sequence.rows, tuple(sequence.pages))
         sequence.rows += taken
-        self.metrics.prefilled(taken, time.monotonic() - begun)
+        self._undisturbed = False
+        self.metrics.prefilled(taken)
         if sequence.prefilled:
             self._publish(sequence)
 
@@ -144,11 +138,12 @@ class Batch:
         control = self.programs.control(shape.group, shape.pages)
         edits = self.programs.edits(shape.group) if shape.edited else None
         for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
-            self._fill(control, row, sequence, cap)
-            if edits is not None and sequence.edited:
-                fill(edits, row, sequence, self.ends)
+            self._alone(sequence, self._fill, control, edits, row, cap)
+            if sequence.finish is not None:
+                np.asarray(control.slot)[row] = self.programs.sizes.slots
         result = self.programs.round(shape, control, edits)
-        self.pending.append(Round(chosen, caps, shape, result, time.monotonic()))
+        self.pending.append(Round(chosen, caps, shape, result, time.monotonic(), self._undisturbed))
+        self._undisturbed = True
         for sequence in chosen:
             sequence.entered, sequence.rounds = True, sequence.rounds + 1
         return True
@@ -167,7 +162,18 @@ class Batch:
         budget = self.policy.budget(costs, [s.confidence for s in chosen], caps)
         return Shape(group, budget, pages, edited), caps
 
-    def _fill(self, control: Control, row: int, sequence: Sequence, cap: int) -> None:
+    def _alone(self, sequence: Sequence, act: Callable[..., None], *given: Any) -> None:
+        """Do what concerns one sequence; what goes wrong with it on the host ends it alone."""
+        try:
+            act(sequence, *given)
+        except Exception as error:
+            LOG.exception("an answer failed")
+            if sequence.finish is None:
+                self.end(sequence, "error", f"the server failed at it ({type(error).__name__})")
+
+    def _fill(
+        self, sequence: Sequence, control: Control, edits: Edits | None, row: int, cap: int
+    ) -> None:
         """Write one sequence into the host's arrays."""
         sampling = sequence.work.sampling
         values: dict[str, Any] = {
@@ -187,6 +193,8 @@ class Batch:
         arrays.truncation.min_p[row] = sampling.min_p
         arrays.truncation.top_k[row] = sampling.top_k
         arrays.truncation.top_p[row] = sampling.top_p
+        if edits is not None and sequence.edited:
+            fill(edits, row, sequence, self.ends)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Pages for one more round; False when first the rounds on their way must be heard of."""
@@ -220,6 +228,8 @@ class Batch:
     def _collect(self, round_: Round) -> None:
         """Hear of a round and pass it on, sequence by sequence."""
         result = jax.device_get(round_.result)
+        heard = time.monotonic()
+        seconds = heard - max(round_.begun, self._heard)
         group, budget = round_.shape[:2]
         served = slice(len(round_.sequences))
         verified, accepted = result.verified[served].sum(), result.accepted[served].sum()
@@ -228,12 +238,16 @@ class Batch:
             int(accepted) + count,
             int(verified) + count,
             budget,
-            {"round": time.monotonic() - round_.begun},
+            {"round": seconds},
         )
+        self._heard = heard
+        if round_.shape in self.seconds and round_.undisturbed:
+            self.seconds[round_.shape] += LEARNING * (seconds - self.seconds[round_.shape])
         for row, sequence in enumerate(round_.sequences):
             sequence.rounds -= 1
             if sequence.finish is None:
-                self._hear(sequence, row, result, budget > group and round_.caps[row] > 0)
+                drafted = budget > group and round_.caps[row] > 0
+                self._alone(sequence, self._hear, row, result, drafted)
 
     def _hear(self, sequence: Sequence, row: int, result: Result, drafted: bool) -> None:
         if not result.finite[row]:
@@ -243,6 +257,7 @@ class Batch:
         tokens = result.tokens[row, : accepted + 1].tolist()
         sequence.heard = sequence.heard or time.monotonic()
         taken, stop = sequence.take(tokens, self.ends)
+        sequence.rows = len(sequence.tokens) - 1
         if drafted:
             confidence = result.confidence[row].tolist()
             sequence.confidence = confidence if self.confident else ()

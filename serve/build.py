@@ -95,7 +95,6 @@ def build(
         programs,
         Pages(sizes.pages, sizes.page, settings.enable_prefix_caching),
         Policy("adaptive" if adaptive else "fixed", sizes.verified),
-        Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends),
         frozenset(loaded.files.ends),
         metrics,
         seconds,
@@ -103,7 +102,19 @@ def build(
         confident=loaded.draft_config is None or loaded.draft_config.enable_confidence_head,
     )
     limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
-    return Built(ThreadedEngine(batch, limits, metrics), sizes, metrics, seconds)
+    grammars = Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends)
+    count_compilations(metrics)
+    return Built(ThreadedEngine(batch, grammars, limits, metrics), sizes, metrics, seconds)
+
+
+def count_compilations(metrics: Metrics) -> None:
+    """From now on whatever is compiled in this process is counted: it ought to be nothing."""
+
+    def heard(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            metrics.compiled()
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
 
 
 def told(seconds: Mapping[Shape, float], page: int) -> Iterator[str]:

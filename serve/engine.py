@@ -9,10 +9,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dspark_jax.serve.batch import Batch
-from dspark_jax.serve.messages import BusyError, Sink, Work
+from dspark_jax.serve.grammar import Grammars
+from dspark_jax.serve.messages import BusyError, Grammar, Sink, Work
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.sequence import Sequence
 
@@ -36,9 +38,16 @@ class ThreadedEngine:
     """
 
     def __init__(
-        self, batch: Batch, limits: QueueLimits, metrics: Metrics, patience: float = 300.0
+        self,
+        batch: Batch,
+        grammars: Grammars,
+        limits: QueueLimits,
+        metrics: Metrics,
+        patience: float = 300.0,
     ):
         self.batch, self.limits, self.metrics, self.patience = batch, limits, metrics, patience
+        self.grammars = grammars
+        self._compiling = ThreadPoolExecutor(1, "grammars")
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._queued: dict[str, int] = {}
@@ -59,6 +68,7 @@ class ThreadedEngine:
         """End all answers on their way and let go of the device."""
         self._stopping.set()
         self._thread.join()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, work: Work, sink: Sink) -> None:
         with self._lock:
@@ -73,7 +83,11 @@ class ThreadedEngine:
                 raise BusyError("The engine has failed and accepts no requests.")
             self._queued[work.request_id] = len(work.prompt)
         sequence = Sequence(work, sink, time.monotonic())
-        self._commands.put(lambda: self._accept(sequence))
+        self._commands.put(lambda: self._know(sequence))
+        if work.grammar is None:
+            self._commands.put(lambda: self._accept(sequence))
+        else:
+            self._compiling.submit(self._compile, sequence, work.grammar)
 
     def abort(self, request_id: str) -> None:
         self._commands.put(lambda: self._abort(request_id))
@@ -82,12 +96,30 @@ class ThreadedEngine:
         """Which limit of the queue leaves no room for so many more prompt tokens."""
         if len(self._queued) >= self.limits.requests:
             return "max_num_queued_reqs"
-        waiting = sum(self._queued.values())
-        return "max_num_queued_tokens" if waiting + tokens > self.limits.tokens else None
+        waiting = sum(self._queued.values())  # an empty queue takes any prompt
+        over = waiting and waiting + tokens > self.limits.tokens
+        return "max_num_queued_tokens" if over else None
+
+    def _compile(self, sequence: Sequence, grammar: Grammar) -> None:
+        """Read a grammar while the engine goes on."""
+        try:
+            sequence.matcher = self.grammars.matcher(grammar)
+        except Exception as error:  # whatever is wrong with it, its request alone is concerned
+            said = str(error) or type(error).__name__
+            self._commands.put(lambda: self._refuse(sequence, said))
+            return
+        self._commands.put(lambda: self._accept(sequence))
+
+    def _know(self, sequence: Sequence) -> None:
+        self._sequences[sequence.work.request_id] = sequence
 
     def _accept(self, sequence: Sequence) -> None:
-        self._sequences[sequence.work.request_id] = sequence
-        self.batch.add(sequence)
+        if sequence.finish is None:  # or it was given up while its grammar was read
+            self.batch.add(sequence)
+
+    def _refuse(self, sequence: Sequence, error: str) -> None:
+        if sequence.finish is None:
+            self.batch.end(sequence, "error", error)
 
     def _abort(self, request_id: str) -> None:
         sequence = self._sequences.get(request_id)
@@ -103,6 +135,8 @@ class ThreadedEngine:
                 self._recover(error)
             self._forget_ended()
         self.batch.fail("the server is shutting down")
+        for sequence in self._sequences.values():
+            self._refuse(sequence, "the server is shutting down")
         self._forget_ended()
 
     def _obey(self, wait: bool) -> None:

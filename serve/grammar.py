@@ -1,5 +1,6 @@
 """What a grammar allows next, by llguidance."""
 
+from collections import OrderedDict
 from functools import cached_property
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy as np
 
 from dspark_jax.serve.messages import Grammar
 
+KEPT = 32
+"""Grammars that are remembered."""
+
 
 class Grammars:
     """Makes matchers over one tokenizer, whose table is built at the first grammar."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: tuple[int, ...]):
         self.tokenizer, self.vocabulary, self.ends = tokenizer, vocabulary, ends
+        self._known: OrderedDict[Grammar, Any] = OrderedDict()
 
     @cached_property
     def _table(self) -> Any:
@@ -24,7 +29,18 @@ class Grammars:
         )
 
     def matcher(self, grammar: Grammar) -> "Matcher":
-        """At the beginning of an answer; ValueError when the grammar cannot be read."""
+        """At the beginning of an answer; ValueError when the grammar cannot be read.
+
+        The last ones asked for are kept, so that a schema used over and over is read once.
+        """
+        if grammar not in self._known:
+            self._known[grammar] = self._compiled(grammar)
+        self._known.move_to_end(grammar)
+        if len(self._known) > KEPT:
+            self._known.popitem(last=False)
+        return Matcher(self._known[grammar].deep_copy(), self.vocabulary)
+
+    def _compiled(self, grammar: Grammar) -> Any:
         make = {
             "json_schema": guidance.LLMatcher.grammar_from_json_schema,
             "regex": guidance.LLMatcher.grammar_from_regex,
@@ -33,7 +49,7 @@ class Grammars:
         matcher = guidance.LLMatcher(self._table, make(grammar.text))
         if matcher.is_error():
             raise ValueError(f"Grammar error: {matcher.get_error()}")
-        return Matcher(matcher, self.vocabulary)
+        return matcher
 
 
 class Matcher:

@@ -64,10 +64,9 @@ class Metrics:
         for phase, value in seconds.items():
             self._step.labels(**self._names, phase=phase).observe(value)
 
-    def prefilled(self, tokens: int, seconds: Number) -> None:
-        """After each chunk of a prompt: its tokens, and how long its program ran."""
+    def prefilled(self, tokens: int) -> None:
+        """After each chunk of a prompt: its tokens."""
         self._iteration_tokens.observe(tokens)
-        self._step.labels(**self._names, phase="prefill").observe(seconds)
 
     def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
         """When a prompt was looked up in the prefix cache: tokens asked for, tokens found."""

@@ -1,7 +1,7 @@
 """Which models are served: a draft's folder leads to its target, both are read and fitted."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +84,7 @@ def _read(
     dtype: str | None,
     progress: Callable[[int, int], None],
 ) -> Loaded:
-    dtype = dtype or str(files.described.get("dtype", "float32"))
-    if jax.default_backend() == "cpu":
-        dtype = "float32" if dtype == "bfloat16" else dtype
+    dtype = dtype or stored_type(files.described)
     loaded = read_target(files, target_mesh(jax.devices()[:1], 1), dtype, progress)
     target = make_target(files.config)
     draft = no_draft() if config is None else dspark_draft(config)
@@ -97,6 +95,13 @@ def _read(
         loaded.params, params, frozen
     )
     return Loaded(files, target, draft, weights, config)
+
+
+def stored_type(described: Mapping[str, Any]) -> str:
+    """The type that a config.json names; on a CPU, which multiplies nothing narrower, float32."""
+    if jax.default_backend() == "cpu":
+        return "float32"
+    return str(described.get("dtype") or described.get("torch_dtype") or "float32")
 
 
 def no_draft() -> Draft:

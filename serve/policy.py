@@ -71,7 +71,8 @@ class Policy:
 
     def observe(self, accepted: int, verified: int) -> None:
         """What became of a block: a running mean, for drafts that say nothing of themselves."""
-        for j in range(verified):
+        judged = self.draft_length if accepted < verified else verified
+        for j in range(judged):  # after a refusal none survives, verified or not
             survived = float(j < accepted)
             self.survival[j] += 0.02 * (survived - self.survival[j])
 

@@ -85,10 +85,11 @@ class Programs:
     def __init__(self, target: Target, draft: Draft, weights: Weights, sizes: Sizes, dtype: Any):
         self.sizes, self.weights = sizes, weights
         self._models = (target, draft)
-        self._dtype = dtype
         self._rounds: dict[Shape, Any] = {}
         self._chunks: dict[int, Any] = {}
         self._scrub: Any = None
+        make = partial(init_slots, *self._models, sizes.slots, sizes.pages, sizes.page)
+        self._empty = jax.jit(partial(make, jnp.dtype(dtype))).lower().compile()
         self.state = self._empty()
 
     def shapes(self) -> Iterator[Shape]:
@@ -104,7 +105,7 @@ class Programs:
     @property
     def count(self) -> int:
         """How many programs there are."""
-        return len(self._rounds) + len(self._chunks) + (self._scrub is not None)
+        return len(self._rounds) + len(self._chunks) + 2
 
     def compile(self, progress: Callable[[int, int], None]) -> None:
         """Compile all of them, side by side; `progress(done, total)` follows."""
@@ -206,11 +207,6 @@ class Programs:
         padded = np.zeros(self.sizes.longest, np.int32)
         padded[: len(pages)] = pages
         return padded
-
-    def _empty(self) -> SlotState:
-        sizes = self.sizes
-        make = partial(init_slots, *self._models, sizes.slots, sizes.pages, sizes.page)
-        return jax.jit(partial(make, jnp.dtype(self._dtype)))()
 
 
 def _with_budget(budget: int, *given: Any) -> Any:

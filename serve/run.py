@@ -1,6 +1,7 @@
 """From settings to a server: find, load, compile, then answer until told to stop."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +23,10 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 def run(settings: ServeSettings, speculation: Speculation) -> int:
     """Serve, or answer `--prompt`; the exit code."""
     console = Console(stderr=settings.prompt is not None, highlight=False)
+    if settings.prompt is not None:
+        settings = replace(settings, max_num_seqs=1)
     listening = None if settings.prompt is not None else bind(settings.host, settings.port)
-    keep_compiled(settings.compilation_cache)
+    kept = keep_compiled(settings.compilation_cache)
     named = find(
         settings.checkpoint or speculation.model,
         settings.target,
@@ -36,13 +39,18 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     sizes = choose_sizes(settings, speculation, loaded)
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
+    console.print(
+        "compiling its programs: minutes at the first start, seconds when they are found in "
+        f"{kept}",
+        soft_wrap=True,
+    )
     with bar(console) as progress:
         compiling = progress.add_task("compiling programs")
         built = build(
             settings, speculation, loaded, sizes, name, partial(_show, progress, compiling)
         )
     for line in told(built.seconds, sizes.page):
-        console.print(line, style="dim")
+        console.print(line, style="dim", soft_wrap=True)
     built.engine.start()
     try:
         if listening is None:
@@ -83,15 +91,16 @@ def http(settings: ServeSettings) -> HttpSettings:
     )
 
 
-def keep_compiled(folder: Path | None) -> None:
-    """Programs compiled once are found again at the next start."""
+def keep_compiled(folder: Path | None) -> Path:
+    """Programs compiled once are found again at the next start, in the folder returned."""
     if folder is None and CACHE in os.environ:
-        return
+        return Path(os.environ[CACHE])
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = folder or home / "dspark-jax" / "compiled"
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    return folder
 
 
 def introduce(

@@ -40,7 +40,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.work.prompt)
         asked = self.work.sampling.seed
-        self.seed = secrets.randbits(63) if asked is None else asked % (1 << 64)
+        self.seed = secrets.randbits(64) if asked is None else asked % (1 << 64)
 
     @property
     def emitted(self) -> int:

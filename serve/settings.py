@@ -44,7 +44,7 @@ class ServeSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: as stored, float32 on a CPU."""
     seed: int = 0
-    """Chooses the seeds of requests that name none, when it is not 0."""
+    """Of the answer to --prompt; requests name their own, or get one by chance."""
     api_key: str | None = None
     """Better in DSPARK_API_KEY, which other users of the machine cannot list."""
     api_key_file: Path | None = None
@@ -93,6 +93,8 @@ def read_speculation(text: str | None) -> Speculation:
             f"{', '.join(sorted(known))}."
         )
     config = Speculation(**given)
+    if config.model is not None and not isinstance(config.model, str):
+        raise ValueError(f"model {config.model!r} is no folder or hub id.")
     if config.method not in METHODS:
         raise ValueError(
             f"method {config.method!r} is not served; served are {' and '.join(METHODS)}."
@@ -110,14 +112,28 @@ def read_speculation(text: str | None) -> Speculation:
     return config
 
 
-def check(settings: ServeSettings) -> None:
+def check(settings: ServeSettings, speculation: Speculation) -> None:
     """Raise ValueError on settings that cannot work, before anything is loaded."""
+    named = {name for name in (settings.checkpoint, speculation.model) if name is not None}
+    if len(named) > 1:
+        raise ValueError(
+            f"--checkpoint {settings.checkpoint} and the model {speculation.model} of "
+            "--speculative-config are two drafts; give one."
+        )
     positive = ("max_num_seqs", "block_size", "max_tokens", "max_queued_requests")
+    positive += ("max_queued_tokens",)
     for name in positive:
         if getattr(settings, name) < 1:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(settings, name)} must be 1 or more."
             )
+    if settings.request_timeout is not None and not settings.request_timeout > 0:
+        raise ValueError(f"--request-timeout {settings.request_timeout} must be more than 0.")
+    if not settings.shutdown_timeout >= 0:
+        raise ValueError(f"--shutdown-timeout {settings.shutdown_timeout} must be 0 or more.")
+    key = settings.api_key
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("--api-key is empty or holds other characters than printable ASCII.")
     if settings.max_model_len is not None and settings.max_model_len < 2:
         raise ValueError(f"--max-model-len {settings.max_model_len} must be 2 or more.")
     if not 0 <= settings.port < 65536:
@@ -127,5 +143,7 @@ def check(settings: ServeSettings) -> None:
             f"--tensor-parallel-size {settings.tensor_parallel_size} is not served yet: the engine "
             "runs on one device. Export the draft and serve it with vLLM or SGLang meanwhile."
         )
+    if settings.prompt == "":
+        raise ValueError("--prompt is empty; say something to answer.")
     if not 0 <= settings.temperature <= 2:
         raise ValueError(f"--temperature {settings.temperature} must be from 0 to 2.")

@@ -71,7 +71,7 @@ def check_loggers(names: Sequence[str]) -> None:
         if find_spec(package) is None:
             raise ValueError(
                 f"--loggers {name} needs the package {package}, which is not installed; "
-                f"pip install 'dspark-jax[{name}]'."
+                f"pip install -e '.[{name}]'."
             )
     if "wandb" in names:
         check_wandb()

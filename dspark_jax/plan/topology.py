@@ -40,7 +40,7 @@ def devices_of(machine: Machine) -> list[Any]:
     if not any(importlib.util.find_spec(name) for name in COMPILERS[platform]):
         raise ValueError(
             f"planning for {machine.name} needs the {platform.upper()} compiler, which is not "
-            f"installed; pip install 'dspark-jax[{platform}]' (no {platform.upper()} is needed)."
+            f"installed; pip install -e '.[{platform}]' (no {platform.upper()} is needed)."
         )
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies

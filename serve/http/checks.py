@@ -166,7 +166,7 @@ def sampling(request: Generation, model: ServedModel) -> SamplingParams:
     if request.top_k is not None:
         if request.top_k < -1:
             raise bad(f"top_k must be 0 (disable), or at least 1, got {request.top_k}.", "top_k")
-        given["top_k"] = max(request.top_k, 0)
+        given["top_k"] = min(max(request.top_k, 0), model.vocab_size)
     found = replace(
         model.default_sampling, seed=request.seed, logit_bias=_bias(request, model), **given
     )

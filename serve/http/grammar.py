@@ -8,13 +8,14 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.hf import from_tokenizer
 
-from dspark_jax.serve.http.errors import RequestError, bad, shortened, valid_unicode
+from dspark_jax.serve.http.errors import RequestError, bad, busy, shortened, valid_unicode
 from dspark_jax.serve.http.protocol import Generation
 from dspark_jax.serve.http.settings import HttpSettings, ServedModel
 from dspark_jax.serve.messages import Grammar
 
 ANY_OBJECT = '{"type": "object"}'
 MAX_CHOICES = 1000
+BUSY_COMPILING = "Another request's grammar is still being compiled. Please try again later."
 
 
 class Grammars:
@@ -33,10 +34,18 @@ class Grammars:
             return None
         if len(valid_unicode(asked.text, "structured_outputs")) > self._settings.max_grammar_bytes:
             raise _error(f"it is larger than {self._settings.max_grammar_bytes} bytes")
+        begun = asyncio.Event()
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._pool, fault, asked, self._tokens)
+        work = loop.run_in_executor(self._pool, _timed, loop, begun, asked, self._tokens)
+        seconds = self._settings.grammar_timeout_seconds
         try:
-            async with asyncio.timeout(self._settings.grammar_timeout_seconds):
+            async with asyncio.timeout(seconds):
+                await begun.wait()
+        except TimeoutError:
+            work.cancel()
+            raise busy(BUSY_COMPILING, self._settings.retry_after_seconds) from None
+        try:
+            async with asyncio.timeout(seconds):
                 found = await work
         except TimeoutError:
             raise _error("it takes too long to compile") from None
@@ -47,6 +56,14 @@ class Grammars:
     def close(self) -> None:
         """Let the thread go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _timed(
+    loop: asyncio.AbstractEventLoop, begun: asyncio.Event, grammar: Grammar, tokens: LLTokenizer
+) -> str:
+    """`fault`, once its turn has come; the clock starts then."""
+    loop.call_soon_threadsafe(begun.set)
+    return fault(grammar, tokens)
 
 
 def fault(grammar: Grammar, tokens: LLTokenizer) -> str:

@@ -39,6 +39,10 @@ class EventStream(Response):
         self._close = close
         self._timeout = send_timeout_seconds
 
+    def close(self) -> None:
+        """Give up before anything is sent."""
+        self._close()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until one of the ends."""
         writing = asyncio.ensure_future(self._write(send))
@@ -93,16 +97,28 @@ async def _cancelled(task: "asyncio.Future[Any]") -> None:
         raise error
 
 
+def _drop(working: "asyncio.Future[Any]") -> None:
+    """Close what was made although it was cancelled: nobody will send it."""
+    if working.cancelled() or working.exception() is not None:
+        return
+    if isinstance(made := working.result(), EventStream):
+        made.close()
+
+
 async def unless_left(request: Request, work: Awaitable[Result]) -> Result:
     """What `work` gives; it is cancelled when the client leaves, whose reply nobody reads."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request.receive))
+    answered = False
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
+            answered = True
             return working.result()
         raise RequestError("The client closed the connection.", None, CLOSED, "ClientClosedRequest")
     finally:
         await _cancelled(leaving)
-        working.cancel()
-        await asyncio.wait((working,))
+        if not answered:
+            working.cancel()
+            await asyncio.wait((working,))
+            _drop(working)

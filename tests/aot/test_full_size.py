@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
-        reason="the TPU compiler is not installed (pip install 'dspark-jax[tpu]')",
+        reason="the TPU compiler is not installed (pip install -e '.[tpu]')",
     ),
 ]
 

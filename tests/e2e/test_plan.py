@@ -13,11 +13,11 @@ import pytest
 TINY = "dspark_jax/assets/tiny-glm"
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is not installed (pip install 'dspark-jax[tpu]')",
+    reason="the TPU compiler is not installed (pip install -e '.[tpu]')",
 )
 cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="the GPU compiler is not installed (pip install 'dspark-jax[cuda]')",
+    reason="the GPU compiler is not installed (pip install -e '.[cuda]')",
 )
 
 

@@ -23,7 +23,7 @@ from dspark_jax.serve.messages import BusyError, Delta, SamplingParams, Work
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
-from dspark_jax.serve.programs import Programs, Sizes
+from dspark_jax.serve.programs import Programs, Shape, Sizes
 from dspark_jax.targets.families import make_target
 from tests.property.test_greedy_equals_plain import DRAFT, GLM, PROMPTS, V, target_params
 
@@ -57,12 +57,13 @@ class Server:
             programs(),
             self.pages,
             Policy("fixed", DRAFT.draft_length),
-            Grammars(None, V, (0,)),
             frozenset(),
             self.metrics,
             {},
         )
-        self.engine = ThreadedEngine(self.batch, QueueLimits(**limits), self.metrics)
+        self.engine = ThreadedEngine(
+            self.batch, Grammars(None, V, (0,)), QueueLimits(**limits), self.metrics
+        )
         self.heard: dict[str, list[Delta]] = {}
         self.over: dict[str, threading.Event] = {}
 
@@ -125,6 +126,30 @@ def test_answers_are_those_of_plain_decoding_whoever_else_is_served(server: Serv
     assert server.settled()
     verified = sum(total(server, name)[1] for name in server.heard)
     assert verified > 0
+
+
+def test_requests_share_rounds_and_no_row_is_read_twice(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    read, groups = [], []
+    prefill, round_ = programs().prefill, programs().round
+
+    def counted(*given: Any) -> int:
+        read.append(prefill(*given))
+        return read[-1]
+
+    def watched(shape: Shape, *given: Any) -> Any:
+        groups.append(shape.group)
+        return round_(shape, *given)
+
+    monkeypatch.setattr(programs(), "prefill", counted)
+    monkeypatch.setattr(programs(), "round", watched)
+    for name in ("a", "b"):
+        server.ask(name, PROMPTS[3], speculate=False, cache_salt=name)
+    assert server.answer("a") == server.answer("b")
+    assert sum(read) == 2 * (len(PROMPTS[3]) - 1)
+    # One begins a turn or two before the other, and one round more is on its way at the end.
+    assert len(groups) < LIMIT + 8 and groups.count(2) > LIMIT - 8
 
 
 def test_a_known_beginning_is_found_with_its_draft(server: Server):

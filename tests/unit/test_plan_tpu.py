@@ -20,7 +20,7 @@ from dspark_jax.types import Rows
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is not installed (pip install 'dspark-jax[tpu]')",
+    reason="the TPU compiler is not installed (pip install -e '.[tpu]')",
 )
 
 

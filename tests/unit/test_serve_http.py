@@ -144,7 +144,7 @@ def test_metrics_have_vllms_names() -> None:
     metrics.gauges(2, 1, 0.5)
     metrics.cache_config({"block_size": 16, "num_gpu_blocks": 9})
     metrics.round(5, 10, 16, {"step": 0.01, "draft": 0.002})
-    metrics.prefilled(64, 0.1)
+    metrics.prefilled(64)
     metrics.admitted(100, 32)
     metrics.timed(0.1, 0.2, 0.3)
     metrics.preempted()
