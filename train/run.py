@@ -54,6 +54,7 @@ from dspark_jax.train.trainer import Job, TrainState, init_state, make_job
 from dspark_jax.train.training import Trained, train
 from dspark_jax.types import Target
 
+EMBEDDED_LAYERS = 4
 FILES = ("data", "target", "hidden_states", "warm_start")
 """Settings that may name other places on other hosts; what lies there is compared."""
 
@@ -151,6 +152,11 @@ def check_alike(given: Command) -> None:
 def read_inputs(settings: TrainSettings) -> tuple[list[Example] | None, TargetFiles]:
     """The conversations of `--data`, and the target's files."""
     examples = None if settings.data is None else read_conversations(settings.data)
+    if settings.target is None and max(settings.draft.aux_layer_ids, default=0) > EMBEDDED_LAYERS:
+        raise ValueError(
+            f"aux_layer_ids {list(settings.draft.aux_layer_ids)} are those of a larger model than "
+            f"the embedded target of {EMBEDDED_LAYERS} layers; give --target."
+        )
     name = settings.target or embedded("tiny-glm")
     return examples, find_target(name, settings.draft.aux_layer_ids)
 

@@ -60,6 +60,7 @@ def closing(
     checkpoint = report["checkpoint"]
     console.print(f"checkpoint {checkpoint}")
     console.print(f"report     {settings.output / 'report.md'}")
+    console.print(f"serve it   python -m dspark_jax.serve --checkpoint {settings.output}")
     console.print(
         "next       "
         + command(
