@@ -142,6 +142,12 @@ def judged(patient: Patient, diagnosis: Diagnosis) -> tuple[list[str], int]:
             "target or revision, or broken in two ways that hide each other."
         )
         return [*lines, said], ILL
+    alike = sum(tried.difference.standing == "same" for tried in diagnosis.tried)
+    if alike:
+        lines.append(
+            f"note: {alike} of {len(diagnosis.tried)} other readings do as well: this draft is too "
+            "weak, or the blocks are too few, to tell them from it."
+        )
     return [*lines, f"verdict: it fits; acceptance length {length:.2f}."], HEALTHY
 
 

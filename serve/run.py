@@ -7,7 +7,16 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
 from dspark_jax.serve.http.app import make_app
@@ -33,7 +42,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         speculation.num_speculative_tokens != 0,
     )
     dtype = None if settings.dtype == "auto" else settings.dtype
-    with bar(console) as progress:
+    with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
         loaded = load(named, dtype, partial(_show, progress, reading))
     sizes = choose_sizes(settings, speculation, loaded)
@@ -44,7 +53,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         f"{kept}",
         soft_wrap=True,
     )
-    with bar(console) as progress:
+    with bar(console, MofNCompleteColumn()) as progress:
         compiling = progress.add_task("compiling programs")
         built = build(
             settings, speculation, loaded, sizes, name, partial(_show, progress, compiling)
@@ -117,10 +126,10 @@ def introduce(
     console.print(f"{draft}\n{device.platform} {device.device_kind}: {memory}")
 
 
-def bar(console: Console) -> Progress:
+def bar(console: Console, *amounts: ProgressColumn) -> Progress:
     """A progress bar that is gone when it is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def _show(progress: Progress, task: object, done: int, total: int) -> None:
