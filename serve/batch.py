@@ -261,7 +261,7 @@ class Batch:
         if drafted:
             confidence = result.confidence[row].tolist()
             sequence.confidence = confidence if self.confident else ()
-            self.policy.observe(accepted, verified)
+            self.policy.observe(accepted, verified, sequence.confidence)
             hits = [float(j < accepted) for j in range(min(verified, accepted + 1))]
             self.metrics.calibrated(confidence[: len(hits)], hits)
         error = _advance(sequence, [t for t in taken if t not in self.ends])

@@ -110,7 +110,7 @@ def build(
 def count_compilations(metrics: Metrics) -> None:
     """From now on whatever is compiled in this process is counted: it ought to be nothing."""
 
-    def heard(event: str, seconds: float, **_: Any) -> None:
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             metrics.compiled()
 

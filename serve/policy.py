@@ -26,9 +26,14 @@ class Policy:
     plain_rounds: int = 0
     survival: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Running mean of the share of rounds in which draft j was accepted, verified or not."""
+    claimed: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    kept: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Running means of the confidence in draft j, and of its acceptance, where those before it
+    were accepted: what a draft says of itself is taken as it has turned out to be."""
 
     def __post_init__(self) -> None:
         self.survival = np.full(self.draft_length, 0.5) ** np.arange(1, self.draft_length + 1)
+        self.claimed, self.kept = (np.full(self.draft_length, 0.5) for _ in range(2))
 
     def budget(
         self,
@@ -69,12 +74,19 @@ class Policy:
             return best
         return plain
 
-    def observe(self, accepted: int, verified: int) -> None:
-        """What became of a block: a running mean, for drafts that say nothing of themselves."""
+    def observe(self, accepted: int, verified: int, confidence: Sequence[float] = ()) -> None:
+        """What became of a block, and what it had said of itself."""
         judged = self.draft_length if accepted < verified else verified
         for j in range(judged):  # after a refusal none survives, verified or not
             survived = float(j < accepted)
             self.survival[j] += 0.02 * (survived - self.survival[j])
 
+        for j in range(min(verified, accepted + 1) if len(confidence) else 0):
+            self.claimed[j] += 0.02 * (confidence[j] - self.claimed[j])
+            self.kept[j] += 0.02 * (float(j < accepted) - self.kept[j])
+
     def _survival(self, confidence: Sequence[float]) -> np.ndarray:
-        return np.cumprod(confidence) if len(confidence) else self.survival
+        if not len(confidence):
+            return self.survival
+        trust = self.kept / np.maximum(self.claimed, 1e-6)
+        return np.cumprod(np.minimum(np.asarray(confidence) * trust, 1.0))

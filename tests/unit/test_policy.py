@@ -139,9 +139,23 @@ def test_drafts_that_say_nothing_are_judged_by_what_became_of_others():
     assert ask(always, silent) == BUDGETS[-1] and ask(never, silent) == BUDGETS[0]
 
 
-def test_slots_that_were_not_verified_are_not_judged():
+def test_slots_past_what_was_verified_are_judged_only_after_a_refusal():
     policy = policy_of((1.0,) * len(BUDGETS))
     before = policy.survival.copy()
-    policy.observe(1, 2)
-    assert policy.survival[0] > before[0] and policy.survival[1] < before[1]
+    policy.observe(2, 2)
+    assert np.all(policy.survival[:2] > before[:2])
     assert np.array_equal(policy.survival[2:], before[2:])
+    policy = policy_of((1.0,) * len(BUDGETS))
+    policy.observe(1, 2)
+    assert policy.survival[0] > before[0] and np.all(policy.survival[1:] < before[1:])
+
+
+def test_what_a_draft_says_of_itself_is_taken_as_it_has_turned_out():
+    boastful, modest = (policy_of((1.0, 1.2, 1.4, 2.0)) for _ in range(2))
+    for _ in range(500):
+        boastful.observe(0, G, [0.9] * G)
+        modest.observe(G, G, [0.3] * G)
+    sure: list[tuple[list[float], int]] = [([0.9] * G, G)] * GROUP
+    unsure: list[tuple[list[float], int]] = [([0.3] * G, G)] * GROUP
+    assert ask(policy_of((1.0, 1.2, 1.4, 2.0)), sure) == BUDGETS[-1]
+    assert ask(boastful, sure) == BUDGETS[0] and ask(modest, unsure) == BUDGETS[-1]
