@@ -154,8 +154,8 @@ def read_inputs(settings: TrainSettings) -> tuple[list[Example] | None, TargetFi
     examples = None if settings.data is None else read_conversations(settings.data)
     if settings.target is None and max(settings.draft.aux_layer_ids, default=0) > EMBEDDED_LAYERS:
         raise ValueError(
-            f"aux_layer_ids {list(settings.draft.aux_layer_ids)} are those of a larger model than "
-            f"the embedded target of {EMBEDDED_LAYERS} layers; give --target."
+            f"aux_layer_ids {list(settings.draft.aux_layer_ids)} do not fit the embedded target of "
+            f"{EMBEDDED_LAYERS} layers; give the --target that they are meant for."
         )
     name = settings.target or embedded("tiny-glm")
     return examples, find_target(name, settings.draft.aux_layer_ids)
