@@ -15,6 +15,9 @@ from dspark_jax.serve.messages import Grammar
 
 ANY_OBJECT = '{"type": "object"}'
 MAX_CHOICES = 1000
+MAX_LARK_CHARACTERS = 8192
+"""Rules that lead to one another are followed on the stack, which some thousands of them overflow:
+that would end the process, not the request."""
 BUSY_COMPILING = "Another request's grammar is still being compiled. Please try again later."
 
 
@@ -125,6 +128,8 @@ def _forms(
     if regex is not None:
         found.append(Grammar("regex", regex))
     if grammar is not None:
+        if len(grammar) > MAX_LARK_CHARACTERS:
+            raise _error(f"a grammar of rules has at most {MAX_LARK_CHARACTERS} characters")
         found.append(Grammar("lark", grammar))
     return found
 

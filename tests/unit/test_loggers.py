@@ -76,9 +76,7 @@ def test_weights_and_biases_gets_them_and_a_resumed_run_goes_on_in_the_same_one(
 
 def test_a_logger_that_is_not_installed_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"needs the package wandb.*pip install 'dspark-jax\[wandb"
-    ):
+    with pytest.raises(ValueError, match=r"needs the package wandb.*pip install -e '.\[wandb"):
         check_loggers(["wandb"])
 
 

@@ -38,9 +38,9 @@ def test_a_bad_mesh_is_refused_in_one_sentence(text: str, said: str):
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'dspark-jax\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         devices_of(parse_machine("v5p:2x2x1"))
-    with pytest.raises(ValueError, match=r"pip install 'dspark-jax\[cuda\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[cuda\]'"):
         devices_of(parse_machine("b300:1x8"))
 
 

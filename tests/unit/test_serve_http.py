@@ -1,8 +1,10 @@
 """Parts of the HTTP side by themselves: the mailbox, grammars, depth, names of metrics."""
 
 import asyncio
+import itertools
 import json
 import re
+import string
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from prometheus_client import generate_latest
 
 from dspark_jax import serve
 from dspark_jax.serve.http.errors import RequestError, to_json
-from dspark_jax.serve.http.grammar import Grammars
+from dspark_jax.serve.http.grammar import MAX_LARK_CHARACTERS, Grammars
 from dspark_jax.serve.http.limits import too_deep
 from dspark_jax.serve.http.mailbox import Arrival, Mailbox
 from dspark_jax.serve.http.protocol import CompletionRequest
@@ -107,8 +109,23 @@ def test_what_does_not_compile_is_a_grammar_error(fields: dict[str, Any]) -> Non
 
 
 def test_a_grammar_that_takes_too_long_is_refused() -> None:
-    with pytest.raises(RequestError, match="too long to compile"):
+    with pytest.raises(RequestError, match="still being compiled|too long to compile"):
         grammar(HttpSettings(grammar_timeout_seconds=0.0), guided_regex="a")
+
+
+def chain(count: int) -> str:
+    """Rules of which each leads to the next."""
+    names = ["".join(x) for x in itertools.product(string.ascii_lowercase, repeat=3)][:count]
+    rules = [f"{name}:{later}" for name, later in itertools.pairwise(names)]
+    return "\n".join([f"start: {names[0]}", *rules, f'{names[-1]}:"x"'])
+
+
+def test_a_grammar_cannot_end_the_process() -> None:
+    """As deep as one may be compiles; a deeper one is refused before it is looked at."""
+    deep = chain((MAX_LARK_CHARACTERS - 20) // 8)
+    assert len(deep) <= MAX_LARK_CHARACTERS and grammar(HttpSettings(), guided_grammar=deep)
+    with pytest.raises(RequestError, match="at most 8192 characters"):
+        grammar(HttpSettings(), guided_grammar=chain(8000))
 
 
 @pytest.mark.parametrize(
