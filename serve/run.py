@@ -69,8 +69,9 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         )
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        console.print(f"ready: http://{address}:{port} (a page to chat with; the API under /v1)")
-        return 0 if listen(app, listening, settings.shutdown_timeout) else 1
+        line = f"ready: http://{address}:{port} (a page to chat with; the API under /v1)"
+        ready = partial(console.print, line, soft_wrap=True)
+        return 0 if listen(app, listening, settings.shutdown_timeout, ready) else 1
     finally:
         built.engine.stop()
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -23,8 +24,15 @@ DEAD_TICKS = 10
 class DrainingServer(uvicorn.Server):
     """Drains at the first SIGTERM or SIGINT, stops at the second; `run` then returns."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving, drain_seconds: float):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        serving: Serving,
+        drain_seconds: float,
+        ready: Callable[[], None],
+    ):
         super().__init__(config)
+        self._ready = ready
         self._serving = serving
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
@@ -42,6 +50,12 @@ class DrainingServer(uvicorn.Server):
     def left(self) -> bool:
         """Whether it ended because it was told to."""
         return self._draining is not None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that it is ready once connections are taken."""
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: a server whose engine failed for good ends once its clients know."""
@@ -79,10 +93,16 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def listen(app: FastAPI, bound: socket.socket, drain_seconds: float = 30.0) -> bool:
+def listen(
+    app: FastAPI,
+    bound: socket.socket,
+    drain_seconds: float = 30.0,
+    ready: Callable[[], None] = lambda: None,
+) -> bool:
     """Serve until a signal has been followed (True), or the engine has failed (False).
 
-    `app` is `make_app`'s; `bound` is closed in the end.
+    `app` is `make_app`'s; `ready` is called once connections are taken; `bound` is closed in the
+    end.
     """
     serving: Serving = app.state.serving
     host = bound.getsockname()[0]
@@ -97,7 +117,7 @@ def listen(app: FastAPI, bound: socket.socket, drain_seconds: float = 30.0) -> b
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
-    server = DrainingServer(config, serving, drain_seconds)
+    server = DrainingServer(config, serving, drain_seconds, ready)
     with bound:
         server.run([bound])
     return server.left
