@@ -9,10 +9,10 @@ from fastapi.responses import Response
 from dspark_jax.serve.http import checks, works
 from dspark_jax.serve.http.answer import Piece
 from dspark_jax.serve.http.completions import LOWEST
-from dspark_jax.serve.http.errors import bad, to_json
+from dspark_jax.serve.http.errors import bad
 from dspark_jax.serve.http.protocol import ChatRequest
 from dspark_jax.serve.http.serving import Serving
-from dspark_jax.serve.http.stream import EventStream, unless_left
+from dspark_jax.serve.http.stream import unless_left
 from dspark_jax.serve.messages import TokenLogprob
 
 
@@ -36,15 +36,7 @@ async def answer(serving: Serving, http: Request, request: ChatRequest) -> Respo
     checks.logprobs(request)
     prompt = await serving.prompts.chat(request)
     asked = await works.start(serving, http, request, [prompt], "chatcmpl")
-    reply = Reply(serving, request, asked)
-    if request.stream:
-        timeout = serving.settings.slow_client_timeout_seconds
-        return EventStream(reply.events(), asked.run.close, timeout, works.headers(http))
-    try:
-        body = await reply.whole()
-    finally:
-        asked.run.close()
-    return Response(to_json(body), 200, works.headers(http), "application/json")
+    return await works.sent(serving, http, request, asked, Reply(serving, request, asked))
 
 
 def _no_tools(request: ChatRequest) -> None:

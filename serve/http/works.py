@@ -3,18 +3,21 @@
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
+from fastapi.responses import Response
 
 from dspark_jax import __version__
 from dspark_jax.serve.http import checks
 from dspark_jax.serve.http.answer import Piece, TextRules
+from dspark_jax.serve.http.errors import to_json
 from dspark_jax.serve.http.protocol import ChatRequest, CompletionRequest
 from dspark_jax.serve.http.serving import Run, Serving
 from dspark_jax.serve.http.speculation import speculation
+from dspark_jax.serve.http.stream import EventStream
 from dspark_jax.serve.messages import SamplingParams, Work
 
 FINGERPRINT = f"dspark-jax-{__version__}"
@@ -31,6 +34,32 @@ class Asked:
     run: Run
     n: int
     prompts: list[tuple[int, ...]]
+
+
+class Writer(Protocol):
+    """Writes the answers of one request, as events or as a whole."""
+
+    def events(self) -> AsyncIterator[Mapping[str, Any]]: ...
+
+    async def whole(self) -> Any: ...
+
+
+async def sent(
+    serving: Serving,
+    http: Request,
+    request: CompletionRequest | ChatRequest,
+    asked: Asked,
+    writer: Writer,
+) -> Response:
+    """The reply: a stream, or the whole; the run is closed however it ends."""
+    if request.stream:
+        timeout = serving.settings.slow_client_timeout_seconds
+        return EventStream(writer.events(), asked.run.close, timeout, headers(http))
+    try:
+        body = await writer.whole()
+    finally:
+        asked.run.close()
+    return Response(to_json(body), 200, headers(http), "application/json")
 
 
 async def start(
