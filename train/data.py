@@ -1,7 +1,7 @@
 """A run's data: the user's conversations, or prompts the target answers itself; then token rows."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from dspark_jax.train.conversations import (
     prompt_tokens,
     tokenise_all,
 )
+from dspark_jax.train.packing import Packed, pack
 from dspark_jax.train.regenerate import regenerate
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.train.tokenise import Conversation
@@ -73,6 +74,12 @@ def load_data(
     unasked = [e for e in [*train, *held_out] if isinstance(e, Conversation) and e.unasked]
     skipped = sum(all(m["role"] != "assistant" for m in e.messages) for e in unasked)
     return Data(*rows, prompts, fingerprint(rows[0] + rows[1]), len(unasked), skipped)
+
+
+def held_out_batches(settings: TrainSettings, data: Data) -> Iterator[Packed]:
+    """One pass over the held-out rows, whose numbers count on where the training rows end."""
+    length, rows = settings.sequence_length, settings.batch_rows
+    return pack(data.held_out, length, rows, seed=None, first_row=len(data.train))
 
 
 def servable(

@@ -30,12 +30,13 @@ class Packed(NamedTuple):
 
 
 def pack(
-    rows: Sequence[Row], length: int, batch_rows: int, seed: int | None
+    rows: Sequence[Row], length: int, batch_rows: int, seed: int | None, first_row: int = 0
 ) -> grain.DatasetIterator[Packed]:
     """Batches of `batch_rows` packed rows of `length` tokens; longer rows are cut.
 
     With a seed: endless, every pass in a new order, each document once a pass. Without: one pass
     in order, the last batch filled up with empty rows, so that every document is seen once.
+    Documents are numbered from `first_row`.
     `get_state` is JSON-serialisable and holds in any process that packs the same rows in the same
     way.
     """
@@ -48,7 +49,9 @@ def pack(
 
     def batch(number: int) -> Packed:
         first = number * batch_rows
-        return assemble(rows, [bins(n) for n in range(first, first + batch_rows)], length)
+        packed = assemble(rows, [bins(n) for n in range(first, first + batch_rows)], length)
+        document = packed.document
+        return packed._replace(document=np.where(document >= 0, document + first_row, -1))
 
     return iter(grain.MapDataset.range(batches).map(batch).to_iter_dataset(AHEAD))
 

@@ -10,9 +10,8 @@ from dspark_jax.config import DraftConfig
 from dspark_jax.loop import Weights, prepare_weights
 from dspark_jax.sharding import tree_shardings
 from dspark_jax.target_folder import LoadedTarget
-from dspark_jax.train.data import Data
+from dspark_jax.train.data import Data, held_out_batches
 from dspark_jax.train.divergence import NEAR_TIE, explain
-from dspark_jax.train.packing import pack
 from dspark_jax.train.progress import Bar
 from dspark_jax.train.served import Programs, make_programs, measure
 from dspark_jax.train.trainer import Job
@@ -25,8 +24,7 @@ def prove(
 ) -> dict[str, Any]:
     """Validation, then real decoding of held-out prompts, greedy and at temperature 1."""
     settings, config, target = job.settings, job.config, job.target
-    batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
-    validation = make_validator(job)(params, batches)
+    validation = make_validator(job)(params, held_out_batches(settings, data))
     programs = make_programs(
         target,
         job.draft,

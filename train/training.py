@@ -1,8 +1,8 @@
 """The training loop: steps, records, checkpoints; it goes on from where a stopped run was left."""
 
 import time
-from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from dspark_jax.train.checkpoints import Checkpoints, Say
 from dspark_jax.train.config_file import to_json
-from dspark_jax.train.data import Data
+from dspark_jax.train.data import Data, held_out_batches
 from dspark_jax.train.hosts import Agreement, leading
 from dspark_jax.train.loggers import MetricsLog, NoLog
 from dspark_jax.train.packing import Packed, pack
@@ -127,7 +127,9 @@ class Loop:
         if number % settings.keeping.save_every == 0 or last:
             self.checked()
             self.check_weights()
-            held_out = held_out_batches(settings, self.data)
+            held_out = islice(
+                held_out_batches(settings, self.data), settings.keeping.validation_batches
+            )
             table = self.validate(self.state.params, held_out).table
             self.check_table(table)
             log.write_validation(number, table)
@@ -169,14 +171,6 @@ class Loop:
         """Begin to write a checkpoint of this step."""
         about = {"tokens": self.tokens, "position": self.batches.get_state()}
         self.checkpoints.save(self.number, self.state, self.made_of | about, score)
-
-
-def held_out_batches(settings: TrainSettings, data: Data) -> Iterator[Packed]:
-    """The batches a checkpoint is judged by; rows count on where the training rows end."""
-    batches = pack(data.held_out, settings.sequence_length, settings.batch_rows, None)
-    for packed, _ in zip(batches, range(settings.keeping.validation_batches), strict=False):
-        document = packed.document
-        yield packed._replace(document=np.where(document >= 0, document + len(data.train), -1))
 
 
 class Recent:

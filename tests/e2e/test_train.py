@@ -111,11 +111,14 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
         *("--hidden-states", tmp_path / "states", "--aux-layer-ids", "0", "1", "4"),
     )
     assert other.returncode == 2 and "differ from the target's" in other.stderr
-    losses = []
+    losses, validations = [], []
     for extra in ((), ("--hidden-states", tmp_path / "states")):
         output = tmp_path / f"run{len(extra)}"
         done = train("--data", data, "--output", output, *SHORT, *extra)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = (output / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line).get("loss") for line in lines])
+        validations.append(json.loads((output / "report.json").read_text())["validation"])
     np.testing.assert_allclose(*([x for x in run if x] for run in losses), rtol=1e-3)
+    for name, value in validations[0].items():
+        np.testing.assert_allclose(validations[1][name], value, rtol=1e-2, err_msg=name)
