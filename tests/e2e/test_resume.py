@@ -105,6 +105,7 @@ def same_end(shared: Path, output: Path) -> None:
     assert (output / weights).read_bytes() == (shared / "whole" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(shared: Path, tmp_path: Path):
     kill_often(shared, tmp_path, 3, seed=0)
     code, out, err = finish(start(shared, tmp_path))
@@ -120,11 +121,8 @@ def test_a_run_killed_at_many_random_moments_does_so_too(shared: Path, tmp_path:
     same_end(shared, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-    ids=lambda n: n.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_and_the_same_command_goes_on(
     shared: Path, tmp_path: Path, number: signal.Signals
 ):
@@ -243,6 +241,7 @@ def test_a_kill_while_the_target_answers_keeps_its_answers(shared: Path, tmp_pat
     assert files[1].with_name("train.jsonl").read_text().startswith(kept[: kept.rindex("\n")])
 
 
+@pytest.mark.slow
 def test_a_run_is_not_touched_with_no_resume(shared: Path):
     assert "holds a run and --no-resume is given" in refused(
         shared, shared / "whole", "--no-resume"

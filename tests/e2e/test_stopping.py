@@ -100,6 +100,7 @@ def test_files_named_otherwise_and_another_mesh_go_on_and_a_signal_ends_the_proo
     assert (output / "checkpoints/4").is_dir()
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_target_answers_keeps_the_answers_and_the_old_run(folder: Path):
     output = folder / "answering"
     shutil.copytree(folder / "run", output)

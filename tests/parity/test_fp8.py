@@ -63,7 +63,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         folders = fp8_folders(metafunc.config.option.golden)
         metafunc.parametrize("folder", folders, ids=lambda folder: folder.name)
     if "unroll" in metafunc.fixturenames:
-        metafunc.parametrize("unroll", [1000, 0], ids=["one_by_one", "scanned"])
+        unrolled = pytest.param(1000, marks=pytest.mark.slow, id="one_by_one")
+        metafunc.parametrize("unroll", [unrolled, pytest.param(0, id="scanned")])
     if "way" in metafunc.fixturenames:
         metafunc.parametrize("way", [MODULES, pytest.param(MESH, marks=pytest.mark.slow)])
 

@@ -125,13 +125,22 @@ def close(ours: Any, wanted: Any) -> None:
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
-CASES = [("glm", (8, 1)), ("glm", (4, 2)), ("glm", (1, 8)), ("glm_few_experts", (2, 4))]
-CASES += [("glm_uneven_experts", (4, 2)), ("glm_uneven_experts", (8, 1))]
-CASES += [
-    ("glm_uneven_experts", (1, 8)),
+def slow(*case: object) -> object:
+    """A case for the slow runs."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+CASES = [
+    ("glm", (4, 2)),
+    ("glm_uneven_experts", (8, 1)),
     ("qwen3_tied", (4, 2)),
     ("qwen3_moe", (2, 4)),
-    ("qwen3_moe", (8, 1)),
+    slow("glm", (8, 1)),
+    slow("glm", (1, 8)),
+    slow("glm_few_experts", (2, 4)),
+    slow("glm_uneven_experts", (4, 2)),
+    slow("glm_uneven_experts", (1, 8)),
+    slow("qwen3_moe", (8, 1)),
 ]
 
 
@@ -144,7 +153,7 @@ def test_a_batch_that_the_groups_cannot_share_is_whole_on_each() -> None:
     close(states_of(GLM, (4, 2), 3), states_of(GLM, None, 3))
 
 
-@pytest.mark.parametrize("name", ["glm", "qwen3_moe"])
+@pytest.mark.parametrize("name", [slow("glm"), "qwen3_moe"])
 def test_fp8_weights_are_shared_like_others(name: str) -> None:
     params = params_of(TARGETS[name], fp8=True)
     assert any(map(is_scaled, jax.tree.leaves(params, is_leaf=is_scaled)))

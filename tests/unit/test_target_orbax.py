@@ -248,6 +248,7 @@ def test_only_narrowed_arrays_are_another_target(
     assert same == (target_fingerprint(output) == target_fingerprint(source)) == (kept == stored)
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_folder_that_training_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
