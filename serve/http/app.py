@@ -43,7 +43,12 @@ def make_app(
         serving.close()
 
     app = FastAPI(
-        title="dspark-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="dspark-jax",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=errors.REFUSALS,
     )
     app.state.serving = serving
     errors.install(app)

@@ -12,7 +12,7 @@ from dspark_jax.serve.http.completions import LOWEST
 from dspark_jax.serve.http.errors import bad
 from dspark_jax.serve.http.protocol import ChatRequest
 from dspark_jax.serve.http.serving import Serving
-from dspark_jax.serve.http.stream import unless_left
+from dspark_jax.serve.http.stream import ANSWERS, unless_left
 from dspark_jax.serve.messages import TokenLogprob
 
 
@@ -20,7 +20,7 @@ def routes(serving: Serving) -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=ANSWERS)
     async def chat_completions(http: Request, request: ChatRequest) -> Response:
         """Answer a conversation."""
         return await unless_left(http, answer(serving, http, request))

@@ -11,7 +11,7 @@ from dspark_jax.serve.http.answer import Piece
 from dspark_jax.serve.http.errors import bad
 from dspark_jax.serve.http.protocol import CompletionRequest
 from dspark_jax.serve.http.serving import Serving
-from dspark_jax.serve.http.stream import unless_left
+from dspark_jax.serve.http.stream import ANSWERS, unless_left
 from dspark_jax.serve.messages import TokenLogprob
 
 LOWEST = -9999.0
@@ -22,7 +22,7 @@ def routes(serving: Serving) -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=ANSWERS)
     async def completions(http: Request, request: CompletionRequest) -> Response:
         """Complete one prompt or several."""
         return await unless_left(http, complete(serving, http, request))

@@ -31,6 +31,31 @@ STATUS_TYPES = {
     503: "ServiceUnavailable",
     504: "Timeout",
 }
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    kind: {
+        "description": "No answer, and why.",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {
+                        "error": {
+                            "type": "object",
+                            "required": ["message", "type", "param", "code"],
+                            "properties": {
+                                "message": {"type": "string"},
+                                "type": {"type": "string"},
+                            },
+                        }
+                    },
+                }
+            }
+        },
+    }
+    for kind in ("4XX", "5XX")
+}
+"""What the OpenAPI description says of every route's failures."""
 
 
 class RequestError(Exception):

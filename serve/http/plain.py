@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from dspark_jax import __version__
@@ -23,13 +23,13 @@ def routes(serving: Serving) -> APIRouter:
 
 
 def _watching(router: APIRouter, serving: Serving) -> None:
-    @router.get("/health")
+    @router.get("/health", response_class=Response)
     async def health() -> Response:
         """Empty; 503 while compiling, draining, or after the engine failed."""
         return Response(status_code=200 if serving.healthy else 503)
 
-    @router.get("/ping")
-    @router.post("/ping")
+    @router.get("/ping", response_class=Response)
+    @router.post("/ping", response_class=Response)
     async def ping() -> Response:
         """As /health."""
         return Response(status_code=200 if serving.healthy else 503)
@@ -44,7 +44,7 @@ def _watching(router: APIRouter, serving: Serving) -> None:
         """Requests being answered."""
         return JSONResponse({"server_load": serving.load})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(generate_latest(serving.metrics.registry), 200, None, CONTENT_TYPE_LATEST)

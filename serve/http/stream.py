@@ -13,6 +13,10 @@ from dspark_jax.serve.http.errors import RequestError, failed, to_json
 
 Result = TypeVar("Result")
 LOG = logging.getLogger("dspark_jax.serve")
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Whole, or as it comes.", "content": {"text/event-stream": {}}}
+}
+"""What the OpenAPI description says of answers, beside JSON."""
 CLOSED = 499
 """What the log shows of a client that left; nobody receives it."""
 
