@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.loop import Weights
 from dspark_jax.paged_loop import (
@@ -21,6 +22,8 @@ from dspark_jax.paged_loop import (
     scrub,
     serve_round,
 )
+from dspark_jax.serve.layout import shardings_of, state_shardings, whole
+from dspark_jax.sharding import target_mesh
 from dspark_jax.truncation import Edits, Truncation
 from dspark_jax.types import Draft, Rows, Target
 
@@ -80,16 +83,32 @@ class Shape(NamedTuple):
 
 
 class Programs:
-    """The compiled programs over one pair of models. `run` changes `state`, which it owns."""
+    """The compiled programs over one pair of models and the mesh that its weights lie on.
 
-    def __init__(self, target: Target, draft: Draft, weights: Weights, sizes: Sizes, dtype: Any):
+    Each changes `state`, which is theirs.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft,
+        weights: Weights,
+        sizes: Sizes,
+        dtype: Any,
+        mesh: Mesh | None = None,
+    ):
+        mesh = mesh or target_mesh(jax.devices()[:1], 1)
         self.sizes, self.weights = sizes, weights
         self._models = (target, draft)
         self._rounds: dict[Shape, Any] = {}
         self._chunks: dict[int, Any] = {}
         self._scrub: Any = None
         make = partial(init_slots, *self._models, sizes.slots, sizes.pages, sizes.page)
-        self._empty = jax.jit(partial(make, jnp.dtype(dtype))).lower().compile()
+        shapes = jax.eval_shape(partial(make, jnp.dtype(dtype)))
+        self._whole, self._lie = whole(mesh), state_shardings(mesh, target.config, shapes)
+        # Zeros by shape: the caches' own beginning lies as caches that are not in pages do.
+        zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        self._empty = jax.jit(zeros, out_shardings=self._lie).lower().compile()
         self.state = self._empty()
 
     def shapes(self) -> Iterator[Shape]:
@@ -113,7 +132,7 @@ class Programs:
             shape: partial(self._compile_round, shape) for shape in self.shapes()
         }
         jobs |= {chunk: partial(self._compile_chunk, chunk) for chunk in self.sizes.chunks}
-        jobs["scrub"] = partial(self._lower, scrub, self.state, self._padded(()))
+        jobs["scrub"] = partial(self._lower, scrub, self._lie, self.state, self._padded(()))
         progress(0, len(jobs))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = {key: pool.submit(job) for key, job in jobs.items()}
@@ -185,18 +204,27 @@ class Programs:
         control = self.control(shape.group, shape.pages)
         edits = self.edits(shape.group) if shape.edited else None
         given = (self.weights, self.state, control, edits)
-        if shape.budget == shape.group:
-            return self._lower(plain_round, *given)
-        return self._lower(partial(_with_budget, shape.budget), *given)
+        plain = shape.budget == shape.group
+        round_ = plain_round if plain else partial(_with_budget, shape.budget)
+        return self._lower(round_, (self._lie, self._whole), *given)
 
     def _compile_chunk(self, chunk: int) -> Any:
         rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
-        return self._lower(prefill_pages, self.weights, self.state, rows)
+        return self._lower(prefill_pages, self._lie, self.weights, self.state, rows)
 
-    def _lower(self, function: Callable[..., Any], *given: Any) -> Any:
-        target, draft = self._models
-        state = next(i for i, x in enumerate(given) if isinstance(x, SlotState))
-        step = jax.jit(partial(function, target, draft), donate_argnums=state)
+    def _lower(self, function: Callable[..., Any], outs: Any, *given: Any) -> Any:
+        """Compiled for arrays that lie as these do; what the host gives is whole on all devices."""
+
+        def lie(x: Any) -> Any:
+            held = isinstance(x, Weights | SlotState)
+            return shardings_of(x) if held else self._whole
+
+        step = jax.jit(
+            partial(function, *self._models),
+            in_shardings=tuple(lie(x) for x in given),
+            out_shardings=outs,
+            donate_argnums=next(i for i, x in enumerate(given) if isinstance(x, SlotState)),
+        )
         return step.lower(*given).compile()
 
     def _rows(self, tokens: np.ndarray, position: np.ndarray, pages: tuple[int, ...]) -> Rows:

@@ -22,6 +22,7 @@ from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
 from dspark_jax.serve.http.app import make_app
 from dspark_jax.serve.http.listen import bind, listen
 from dspark_jax.serve.http.settings import HttpSettings, ServedModel, read_keys
+from dspark_jax.serve.layout import described, serving_mesh
 from dspark_jax.serve.models import Loaded, Named, find, load
 from dspark_jax.serve.settings import ServeSettings, Speculation
 from dspark_jax.serve.terminal import answer
@@ -42,9 +43,10 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         speculation.num_speculative_tokens != 0,
     )
     dtype = None if settings.dtype == "auto" else settings.dtype
+    mesh = serving_mesh(settings.data_parallel_size, settings.tensor_parallel_size)
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
-        loaded = load(named, dtype, partial(_show, progress, reading))
+        loaded = load(named, mesh, dtype, partial(_show, progress, reading))
     sizes = choose_sizes(settings, speculation, loaded)
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
@@ -116,15 +118,15 @@ def keep_compiled(folder: Path | None) -> Path:
 def introduce(
     console: Console, name: str, named: Named, loaded: Loaded, bytes_of: dict[str, int]
 ) -> None:
-    """Model, draft, device and memory, before anything slow."""
+    """Model, draft, mesh and memory of each device, before anything slow."""
     draft = "no draft: plain decoding"
     if loaded.draft_config is not None:
         config = loaded.draft_config
         draft = f"draft {named.draft}: {config.draft_length} tokens a block"
-    device = jax.devices()[0]
+    each = "" if loaded.mesh.size == 1 else ", each"
     memory = ", ".join(f"{what} {size / 1e9:.3f} GB" for what, size in bytes_of.items())
     console.print(f"[bold]{name}[/bold] ({loaded.files.folder})")
-    console.print(f"{draft}\n{device.platform} {device.device_kind}: {memory}")
+    console.print(f"{draft}\n{', '.join(described(loaded.mesh))}{each}: {memory}", soft_wrap=True)
 
 
 def bar(console: Console, *amounts: ProgressColumn) -> Progress:
