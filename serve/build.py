@@ -15,7 +15,7 @@ from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.profile import measure
-from dspark_jax.serve.programs import Programs, Shape, Sizes
+from dspark_jax.serve.programs import Programs, Shape, Sizes, Steps
 from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
 
 CHUNKS = (32, 128, 512)
@@ -74,21 +74,27 @@ def plan(loaded: Loaded, sizes: Sizes) -> dict[str, int]:
     }
 
 
-def build(
-    settings: ServeSettings,
-    speculation: Speculation,
-    loaded: Loaded,
-    sizes: Sizes,
-    name: str,
-    progress: Callable[[int, int], None],
-) -> Built:
-    """Compile everything and measure it; `progress(done, total)` follows the programs."""
+def compiled(loaded: Loaded, sizes: Sizes, progress: Callable[[int, int], None]) -> Programs:
+    """Compile everything; `progress(done, total)` follows the programs."""
     dtype = loaded.weights.frozen.embed.dtype
     given = (loaded.target, loaded.draft, loaded.weights, sizes, dtype, loaded.mesh)
     programs = Programs(*given)
     programs.compile(progress)
+    return programs
+
+
+def build(
+    settings: ServeSettings,
+    speculation: Speculation,
+    loaded: Loaded,
+    programs: Steps,
+    count: int,
+    name: str,
+) -> Built:
+    """Measure `count` compiled programs and make the engine that runs them."""
+    sizes = programs.sizes
     metrics = Metrics(name, sizes.verified)
-    metrics.compiled(programs.count)
+    metrics.compiled(count)
     metrics.cache_config({"block_size": sizes.page, "num_gpu_blocks": sizes.pages})
     adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
     seconds = measure(programs) if adaptive else {}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,40 @@ class Shape(NamedTuple):
     edited: bool
 
 
+class Steps(Protocol):
+    """What the engine asks of the device: of `Programs`, or of all processes (`following.py`)."""
+
+    sizes: Sizes
+
+    def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
+        """Dispatch a round; its `Result` is on its way."""
+        ...
+
+    def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
+        """Dispatch the next prompt rows, which stand at `start`; returns how many were taken."""
+        ...
+
+    def clean(self, pages: tuple[int, ...]) -> None:
+        """Dispatch writing zeros into some pages."""
+        ...
+
+    def reset(self) -> None:
+        """Begin with empty caches again, after a step failed and took the state with it."""
+        ...
+
+    def shapes(self) -> Iterator[Shape]:
+        """Of all rounds. Edited ones, which are few, verify everything or nothing."""
+        ...
+
+    def control(self, group: int, pages: int) -> Control:
+        """A round in which nobody takes part, to be filled in."""
+        ...
+
+    def edits(self, group: int) -> Edits:
+        """Edits that change nothing, to be filled in."""
+        ...
+
+
 class Programs:
     """The compiled programs over one pair of models and the mesh that its weights lie on.
 
@@ -112,7 +146,7 @@ class Programs:
         self.state = self._empty()
 
     def shapes(self) -> Iterator[Shape]:
-        """Of all rounds. Edited ones, which are few, verify everything or nothing."""
+        """As `Steps` says."""
         sizes = self.sizes
         for group in sizes.groups:
             budgets = sizes.budgets(group)
@@ -144,13 +178,13 @@ class Programs:
         self._rounds = made
 
     def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
-        """Dispatch a round; its `Result` is on its way."""
+        """As `Steps` says."""
         given = (self.weights, self.state, control, edits)
         self.state, result = self._rounds[shape](*given)
         return result
 
     def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
-        """Dispatch the next prompt rows, which stand at `start`; returns how many were taken."""
+        """As `Steps` says."""
         chunks = self.sizes.chunks
         size = next((c for c in chunks if c >= len(tokens)), chunks[-1])
         taken = min(size, len(tokens))
@@ -163,15 +197,15 @@ class Programs:
         return taken
 
     def clean(self, pages: tuple[int, ...]) -> None:
-        """Dispatch writing zeros into some pages."""
+        """As `Steps` says."""
         self.state = self._scrub(self.state, self._padded(pages))
 
     def reset(self) -> None:
-        """Begin with empty caches again, after a step failed and took the state with it."""
+        """As `Steps` says."""
         self.state = self._empty()
 
     def control(self, group: int, pages: int) -> Control:
-        """A round in which nobody takes part, to be filled in."""
+        """As `Steps` says."""
         sizes, zeros = self.sizes, partial(np.zeros, group)
         truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
         arrays: dict[str, Any] = {
@@ -189,7 +223,7 @@ class Programs:
         return Control(**arrays)
 
     def edits(self, group: int) -> Edits:
-        """Edits that change nothing, to be filled in."""
+        """As `Steps` says."""
         size = self.sizes.vocabulary
         arrays: dict[str, Any] = {
             "allowed": np.full((group, -(-size // 32)), 0xFFFFFFFF, np.uint32),

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from dspark_jax.config import HostOptions
+
 LENGTH_LIMIT = 4096
 """Of prompt and answer together, where neither the flag nor the model says less."""
 
@@ -61,6 +63,7 @@ class ServeSettings:
     """Seconds that answers may take to finish after SIGTERM."""
     compilation_cache: Path | None = None
     """Where compiled programs are kept for the next start; else in the user's cache folder."""
+    hosts: HostOptions = HostOptions()
 
 
 @dataclass(frozen=True)
