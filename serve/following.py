@@ -17,7 +17,7 @@ import numpy as np
 
 from dspark_jax.paged_loop import Control
 from dspark_jax.serve.lines import Line, Lines
-from dspark_jax.serve.programs import Programs, Shape
+from dspark_jax.serve.programs import Shape, Steps
 from dspark_jax.truncation import Edits
 
 HEAD = struct.Struct("<B4iQ")
@@ -37,7 +37,7 @@ class Leading:
     Waits until the others are ready.
     """
 
-    def __init__(self, programs: Programs, lines: Lines):
+    def __init__(self, programs: Steps, lines: Lines):
         self.sizes, self.shapes = programs.sizes, programs.shapes
         self.control, self.edits = programs.control, programs.edits
         self._programs, self._lines = programs, lines
@@ -70,7 +70,7 @@ class Leading:
         self._lines.send(message)
 
 
-def follow(programs: Programs, receive: Callable[[int], bytes]) -> None:
+def follow(programs: Steps, receive: Callable[[int], bytes]) -> None:
     """Make process 0's calls until it says stop; `receive(n)` waits for n bytes."""
     while True:
         call, *numbers, size = HEAD.unpack(receive(HEAD.size))
@@ -90,7 +90,7 @@ def follow(programs: Programs, receive: Callable[[int], bytes]) -> None:
             programs.reset()
 
 
-def _round(programs: Programs, shape: Shape, body: bytes) -> None:
+def _round(programs: Steps, shape: Shape, body: bytes) -> None:
     """The arrays lie one after another, in the order of the empty ones."""
     edits = programs.edits(shape.group) if shape.edited else None
     empty = programs.control(shape.group, shape.pages), edits
@@ -104,7 +104,7 @@ def _take(body: memoryview, place: list[int], like: np.ndarray) -> np.ndarray:
     return found.copy()  # aligned, whatever lies before it
 
 
-def followed(programs: Programs, line: Line) -> int:
+def followed(programs: Steps, line: Line) -> int:
     """Follow until process 0 says stop, whatever signals come: they are its to judge. Exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: None)

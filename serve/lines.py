@@ -16,7 +16,9 @@ import jax
 from dspark_jax.config import HostOptions
 from dspark_jax.hosts import from_first, leading
 
-TOKEN_BYTES = 32
+TOKEN_BYTES, NUMBER_BYTES = 32, 4
+STRANGER_SECONDS = 5
+"""How long who connects may take to say the token."""
 READY = b"."
 KEEP_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6))
 """Seconds of silence before a host is asked whether it is there, between questions, and how many
@@ -68,17 +70,10 @@ class Line:
 
     def receive(self, size: int) -> bytes:
         """So many bytes, whenever they come; EOFError when process 0 is gone."""
-        found = bytearray(size)
-        view = memoryview(found)
-        while view:
-            try:
-                read = self._line.recv_into(view)
-            except OSError:
-                read = 0
-            if not read:
-                raise EOFError("process 0 is gone without a word; see what it said")
-            view = view[read:]
-        return bytes(found)
+        try:
+            return read(self._line, size)
+        except OSError as error:
+            raise EOFError("process 0 is gone without a word; see what it said") from error
 
 
 def connect(hosts: HostOptions) -> Lines | Line | None:
@@ -97,10 +92,16 @@ def connect(hosts: HostOptions) -> Lines | Line | None:
     if listening is not None:
         with listening:
             listening.settimeout(seconds)
-            return Lines(_accept(listening, token.encode(), jax.process_count() - 1))
-    line = socket.create_connection((host, port), seconds)
-    line.sendall(token.encode() + jax.process_index().to_bytes(4, "little"))
-    return Line(_lasting(line))
+            return Lines(accept(listening, token.encode(), jax.process_count() - 1))
+    try:
+        line = socket.create_connection((host, port), seconds)
+        line.sendall(token.encode() + jax.process_index().to_bytes(NUMBER_BYTES, "little"))
+        return Line(_lasting(line))
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot be reached at {host} port {port}: {error}; let --coordinator be an "
+            "address of it that reaches every port, not one alone."
+        ) from error
 
 
 def _listen() -> socket.socket:
@@ -109,18 +110,39 @@ def _listen() -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _accept(listening: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
+def accept(listening: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
     """The others, which alone know the token; whoever else comes is sent away."""
     found: dict[int, socket.socket] = {}
     while len(found) < count:
-        line, _ = listening.accept()
-        line.settimeout(listening.gettimeout())
-        said = line.recv(TOKEN_BYTES + 4, socket.MSG_WAITALL)
+        try:
+            line, _ = listening.accept()
+        except TimeoutError as error:
+            raise ValueError(
+                f"{len(found)} of {count} other processes reached process 0 at port "
+                f"{listening.getsockname()[1]} in time; let them reach every port of it."
+            ) from error
+        try:
+            line.settimeout(STRANGER_SECONDS)
+            said = read(line, TOKEN_BYTES + NUMBER_BYTES)
+        except OSError:
+            said = b""
         if hmac.compare_digest(said[:TOKEN_BYTES], token):
             found[int.from_bytes(said[TOKEN_BYTES:], "little")] = _lasting(line)
         else:
             line.close()
     return found
+
+
+def read(line: socket.socket, size: int) -> bytes:
+    """So many bytes; OSError when the other end is gone before."""
+    found = bytearray(size)
+    view = memoryview(found)
+    while view:
+        count = line.recv_into(view)
+        if not count:
+            raise ConnectionError("the other end is gone")
+        view = view[count:]
+    return bytes(found)
 
 
 def _lasting(line: socket.socket) -> socket.socket:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ class Shape(NamedTuple):
     edited: bool
 
 
+@runtime_checkable
 class Steps(Protocol):
     """What the engine asks of the device: of `Programs`, or of all processes (`following.py`)."""
 
