@@ -34,10 +34,12 @@ class Lines:
     def wait(self) -> None:
         """Until all others are ready; then watch them."""
         for number, line in self._others.items():
-            if line.recv(1) != READY:
+            try:
+                read(line, len(READY))
+            except OSError as error:
                 raise ConnectionError(
-                    f"process {number} ended while it got ready; see what it said"
-                )
+                    f"process {number} ended while it got ready; see what it said."
+                ) from error
             threading.Thread(target=self._watch, args=(number, line), daemon=True).start()
 
     def send(self, message: bytes) -> None:

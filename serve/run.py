@@ -1,8 +1,10 @@
 """From settings to a server: find, load, compile, then answer until told to stop."""
 
+import json
 import os
 from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from socket import socket
 
@@ -54,6 +56,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
         loaded = load(named, mesh, dtype, partial(_show, progress, reading))
+    check_same(described_models(loaded))
     sizes = choose_sizes(settings, speculation, loaded)
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
@@ -106,6 +109,13 @@ def check_alike(settings: ServeSettings, speculation: Speculation) -> None:
     """Raise ValueError when the processes were started to serve different things."""
     values = asdict(settings) | asdict(speculation)
     check_same({name: value for name, value in values.items() if name not in OWN})
+
+
+def described_models(loaded: Loaded) -> dict[str, str]:
+    """What the models' descriptions say, in a few letters each; their weights are not compared."""
+    said = {"target": json.dumps(loaded.files.described, sort_keys=True)}
+    said |= {"draft": repr(loaded.draft_config)}
+    return {name: sha256(text.encode()).hexdigest()[:12] for name, text in said.items()}
 
 
 def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> ServedModel:
