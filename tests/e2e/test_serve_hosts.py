@@ -97,4 +97,6 @@ def test_a_process_that_is_lost_takes_the_other_with_it(number: int) -> None:
     ask(address(both[0])[0])
     both[number].kill()
     code, _, err = end(both)[1 - number]
-    assert code == 1 and f"process {number} is gone" in err, err
+    # jax sees the first process end as soon as we do, and aborts.
+    assert code == 1 or (number == 0 and code == -signal.SIGABRT), err
+    assert f"process {number} is gone" in err or code < 0, err

@@ -113,7 +113,7 @@ def slow(*case: Any) -> Any:
 
 SMALL = [
     ("glm", False, (2, 2)),
-    ("qwen3", False, (1, 4)),
+    slow("qwen3", False, (1, 4)),
     slow("glm", True, (2, 2)),
     slow("glm", False, (1, 2)),
     slow("glm", False, (1, 4)),
