@@ -258,3 +258,18 @@ class DraftConfig:
             t == "sliding_attention" and not self.sliding_window_non_causal
             for t in self.layer_types
         )
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """Processes on several hosts that train or serve together; jax finds those of SLURM, Open MPI
+    and TPU pods by itself."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which the others reach; the port is free there."""
+    processes: int | None = None
+    """How many there are, each started with the same other flags."""
+    process_id: int | None = None
+    """Which of them this is, from 0; process 0 speaks, writes and answers."""
+    join_seconds: float = 300.0
+    """How long the first waits for the last."""

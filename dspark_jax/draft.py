@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dspark_jax import draft_decoder
 from dspark_jax.config import DraftConfig
 from dspark_jax.drafter import Drafter
-from dspark_jax.sharding import TENSOR, tree_specs, zeros
+from dspark_jax.sharding import TENSOR, page_specs, tree_specs, zeros
 from dspark_jax.spread import over, rows, run
 from dspark_jax.types import Draft
 
@@ -40,6 +40,11 @@ def dspark_draft(config: DraftConfig, mesh: Mesh | None = None) -> Draft:
     def specs(tree: Any) -> Any:
         return None if mesh is None else tree_specs(mesh, tree, "draft")
 
+    def cache_specs(cache: Any, pages: Any) -> Any:
+        if mesh is None or pages is None:
+            return specs(cache)
+        return page_specs(mesh, cache, "draft")
+
     def prepare(params: Any) -> Any:
         def part(params: Any) -> Any:
             return draft_decoder.prepare(nnx.merge(graphdef, params, copy=True))
@@ -53,16 +58,29 @@ def dspark_draft(config: DraftConfig, mesh: Mesh | None = None) -> Draft:
         empty = partial(draft_decoder.init_draft_cache, config, batch, capacity, dtype)
         return zeros(jax.eval_shape(empty), mesh, "draft")
 
-    def extend_context(prepared: Any, cache: Any, aux_hidden: Any, *given: Any) -> Any:
-        spread = over(mesh, len(aux_hidden))
-        ins = (specs(prepared), specs(cache), rows(spread), *(rows(spread),) * len(given))
+    def extend_context(
+        prepared: Any, cache: Any, aux_hidden: Any, position: Any, pages: Any = None
+    ) -> Any:
+        # In pages, which all groups hold, all groups write all rows.
+        spread, held = over(mesh, len(aux_hidden), pages is None), cache_specs(cache, pages)
+        ins = (specs(prepared), held, *(rows(spread),) * 3)
         part = partial(draft_decoder.extend_context, config, spread=spread)
-        return run(mesh, part, ins, specs(cache), prepared, cache, aux_hidden, *given)
+        return run(mesh, part, ins, held, prepared, cache, aux_hidden, position, pages)
 
-    def draft_block(prepared: Any, frozen: Any, cache: Any, *given: Any) -> Any:
-        spread = over(mesh, len(given[0]))
-        ins = (specs(prepared), specs(frozen), specs(cache), *(rows(spread),) * len(given))
+    def draft_block(
+        prepared: Any,
+        frozen: Any,
+        cache: Any,
+        length: Any,
+        anchor: Any,
+        keys: Any,
+        temperature: Any,
+        pages: Any = None,
+    ) -> Any:
+        spread, held = over(mesh, len(length)), cache_specs(cache, pages)
+        ins = (specs(prepared), specs(frozen), held, *(rows(spread),) * 5)
         part = partial(draft_decoder.draft_block, config, spread=spread)
+        given = (length, anchor, keys, temperature, pages)
         return run(mesh, part, ins, rows(spread), prepared, frozen, cache, *given)
 
     return Draft(config.draft_length, prepare, init_cache, extend_context, draft_block)

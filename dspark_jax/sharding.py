@@ -177,6 +177,18 @@ def tree_specs(mesh: Mesh, tree: Any, family: Family) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def page_specs(mesh: Mesh, cache: Any, family: Family) -> Any:
+    """The same for a cache of pages, which any sequence may own: every data group has all pages.
+
+    Heads are shared by the devices of a group; a latent has none and lies whole on every device.
+    """
+
+    def whole_pages(found: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(None if axis == DATA else axis for axis in found))
+
+    return jax.tree.map(whole_pages, tree_specs(mesh, cache, family), is_leaf=_is_spec)
+
+
 def spec(
     mesh: Mesh | AbstractMesh, path: list[str], shape: tuple[int, ...], family: Family = "training"
 ) -> PartitionSpec:

@@ -15,7 +15,7 @@ from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
-from dspark_jax.serve.programs import Programs, Shape
+from dspark_jax.serve.programs import Shape, Steps
 from dspark_jax.serve.sequence import Sequence
 from dspark_jax.truncation import Edits
 
@@ -45,7 +45,7 @@ class Batch:
 
     def __init__(
         self,
-        programs: Programs,
+        programs: Steps,
         pages: Pages,
         policy: Policy,
         ends: frozenset[int],

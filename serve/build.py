@@ -5,15 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dspark_jax.paged_loop import init_slots
 from dspark_jax.serve.batch import Batch
 from dspark_jax.serve.engine import QueueLimits, ThreadedEngine
 from dspark_jax.serve.grammar import Grammars
+from dspark_jax.serve.layout import device_bytes, shardings_of, state_shardings
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.profile import measure
-from dspark_jax.serve.programs import Programs, Shape, Sizes
+from dspark_jax.serve.programs import Programs, Shape, Sizes, Steps
 from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
 
 CHUNKS = (32, 128, 512)
@@ -60,34 +62,39 @@ def choose_sizes(settings: ServeSettings, speculation: Speculation, loaded: Load
 
 
 def plan(loaded: Loaded, sizes: Sizes) -> dict[str, int]:
-    """Bytes of weights and of both caches."""
-
-    def held(tree: Any) -> int:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
+    """Bytes of weights and of both caches on each device."""
     dtype = loaded.weights.frozen.embed.dtype
-    caches = [
-        jax.eval_shape(lambda model=model: model.init_cache(sizes.pages, sizes.page, dtype))
-        for model in (loaded.target, loaded.draft)
-    ]
-    weights = held(loaded.weights)
-    return {"weights": weights, "target cache": held(caches[0]), "draft cache": held(caches[1])}
+    given = (loaded.target, loaded.draft, sizes.slots, sizes.pages, sizes.page, dtype)
+    state = jax.eval_shape(lambda: init_slots(*given))
+    lie = state_shardings(loaded.mesh, loaded.files.config, state)
+    return {
+        "weights": device_bytes(loaded.weights, shardings_of(loaded.weights)),
+        "target cache": device_bytes(state.target_cache, lie.target_cache),
+        "draft cache": device_bytes(state.draft_cache, lie.draft_cache),
+    }
+
+
+def compiled(loaded: Loaded, sizes: Sizes, progress: Callable[[int, int], None]) -> Programs:
+    """Compile everything; `progress(done, total)` follows the programs."""
+    dtype = loaded.weights.frozen.embed.dtype
+    given = (loaded.target, loaded.draft, loaded.weights, sizes, dtype, loaded.mesh)
+    programs = Programs(*given)
+    programs.compile(progress)
+    return programs
 
 
 def build(
     settings: ServeSettings,
     speculation: Speculation,
     loaded: Loaded,
-    sizes: Sizes,
+    programs: Steps,
+    count: int,
     name: str,
-    progress: Callable[[int, int], None],
 ) -> Built:
-    """Compile everything and measure it; `progress(done, total)` follows the programs."""
-    dtype = loaded.weights.frozen.embed.dtype
-    programs = Programs(loaded.target, loaded.draft, loaded.weights, sizes, dtype)
-    programs.compile(progress)
+    """Measure `count` compiled programs and make the engine that runs them."""
+    sizes = programs.sizes
     metrics = Metrics(name, sizes.verified)
-    metrics.compiled(programs.count)
+    metrics.compiled(count)
     metrics.cache_config({"block_size": sizes.page, "num_gpu_blocks": sizes.pages})
     adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
     seconds = measure(programs) if adaptive else {}

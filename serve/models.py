@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.fingerprint import target_fingerprint
 from dspark_jax.checkpoints.folder import embedded, resolve
@@ -15,7 +15,7 @@ from dspark_jax.config import DraftConfig
 from dspark_jax.draft import dspark_draft
 from dspark_jax.draft_files import draft_folder, load_draft, read_description
 from dspark_jax.loop import Weights, prepare_weights
-from dspark_jax.sharding import target_mesh
+from dspark_jax.sharding import place, tree_shardings
 from dspark_jax.target_folder import TargetFiles, find_target, read_target
 from dspark_jax.targets.families import make_target
 from dspark_jax.types import Draft, Target
@@ -31,13 +31,14 @@ class Named(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Both models in memory, as the decode loop takes them."""
+    """Both models in memory, as the decode loop takes them, and the mesh they lie on."""
 
     files: TargetFiles
     target: Target
     draft: Draft
     weights: Weights
     draft_config: DraftConfig | None
+    mesh: Mesh
 
 
 def find(checkpoint: str | None, target: str | None, speculate: bool) -> Named:
@@ -55,14 +56,16 @@ def find(checkpoint: str | None, target: str | None, speculate: bool) -> Named:
     return Named(found, folder if speculate else None)
 
 
-def load(named: Named, dtype: str | None, progress: Callable[[int, int], None]) -> Loaded:
-    """Read both; ValueError in one sentence when they do not fit.
+def load(
+    named: Named, mesh: Mesh, dtype: str | None, progress: Callable[[int, int], None]
+) -> Loaded:
+    """Read both onto a mesh; ValueError in one sentence when they do not fit it or one another.
 
     `dtype` None means the type that the target's config.json names.
     """
     if named.draft is None:
         files = find_target(named.target, ())
-        return _read(files, None, None, np.zeros(0, np.int32), dtype, progress)
+        return _read(files, None, None, None, mesh, dtype, progress)
     described = read_description(named.draft)
     layers = tuple(described.get("aux_hidden_state_layer_ids", ()))
     files = find_target(named.target, layers)
@@ -73,28 +76,31 @@ def load(named: Named, dtype: str | None, progress: Callable[[int, int], None]) 
             f"draft {named.draft} was trained for another target than {files.folder} (their "
             "fingerprints differ); give the --target that it was trained for."
         )
-    return _read(files, config, params, target_id, dtype, progress)
+    return _read(files, config, params, target_id, mesh, dtype, progress)
 
 
 def _read(
     files: TargetFiles,
     config: DraftConfig | None,
     params: Any,
-    target_id: np.ndarray,
+    target_id: np.ndarray | None,
+    mesh: Mesh,
     dtype: str | None,
     progress: Callable[[int, int], None],
 ) -> Loaded:
     dtype = dtype or stored_type(files.described)
-    loaded = read_target(files, target_mesh(jax.devices()[:1], 1), dtype, progress)
-    target = make_target(files.config)
-    draft = no_draft() if config is None else dspark_draft(config)
-    ids = None if config is None else jnp.asarray(target_id)
-    frozen = target.frozen(loaded.params, ids)
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    target = make_target(files.config, mesh)
+    draft = no_draft() if config is None else dspark_draft(config, mesh)
+    loaded = read_target(files, mesh, dtype, progress)
+    tables = jax.eval_shape(target.frozen, loaded.params, target_id)
+    lie = tree_shardings(mesh, tables, "draft")
+    frozen = jax.jit(target.frozen, out_shardings=lie)(loaded.params, target_id)
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
+    params = jax.tree.map(place, params, tree_shardings(mesh, params, "draft"))
     weights = jax.jit(lambda p, d, f: prepare_weights(target, draft, p, d, f))(
         loaded.params, params, frozen
     )
-    return Loaded(files, target, draft, weights, config)
+    return Loaded(files, target, draft, weights, config, mesh)
 
 
 def stored_type(described: Mapping[str, Any]) -> str:

@@ -4,12 +4,12 @@ import time
 
 import jax
 
-from dspark_jax.serve.programs import Programs, Shape
+from dspark_jax.serve.programs import Shape, Steps
 
 REPEATS, TOGETHER = 3, 4
 
 
-def measure(programs: Programs) -> dict[Shape, float]:
+def measure(programs: Steps) -> dict[Shape, float]:
     """Seconds of every kind of round: the least of a few, as others may use the machine too.
 
     The rounds serve sequences without pages, so they leave nothing behind: they cost what any

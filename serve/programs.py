@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dspark_jax.loop import Weights
 from dspark_jax.paged_loop import (
@@ -21,6 +22,8 @@ from dspark_jax.paged_loop import (
     scrub,
     serve_round,
 )
+from dspark_jax.serve.layout import shardings_of, state_shardings, whole
+from dspark_jax.sharding import target_mesh
 from dspark_jax.truncation import Edits, Truncation
 from dspark_jax.types import Draft, Rows, Target
 
@@ -79,21 +82,72 @@ class Shape(NamedTuple):
     edited: bool
 
 
-class Programs:
-    """The compiled programs over one pair of models. `run` changes `state`, which it owns."""
+@runtime_checkable
+class Steps(Protocol):
+    """What the engine asks of the device: of `Programs`, or of all processes (`following.py`)."""
 
-    def __init__(self, target: Target, draft: Draft, weights: Weights, sizes: Sizes, dtype: Any):
+    sizes: Sizes
+
+    def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
+        """Dispatch a round; its `Result` is on its way."""
+        ...
+
+    def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
+        """Dispatch the next prompt rows, which stand at `start`; returns how many were taken."""
+        ...
+
+    def clean(self, pages: tuple[int, ...]) -> None:
+        """Dispatch writing zeros into some pages."""
+        ...
+
+    def reset(self) -> None:
+        """Begin with empty caches again, after a step failed and took the state with it."""
+        ...
+
+    def shapes(self) -> Iterator[Shape]:
+        """Of all rounds. Edited ones, which are few, verify everything or nothing."""
+        ...
+
+    def control(self, group: int, pages: int) -> Control:
+        """A round in which nobody takes part, to be filled in."""
+        ...
+
+    def edits(self, group: int) -> Edits:
+        """Edits that change nothing, to be filled in."""
+        ...
+
+
+class Programs:
+    """The compiled programs over one pair of models and the mesh that its weights lie on.
+
+    Each changes `state`, which is theirs.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft,
+        weights: Weights,
+        sizes: Sizes,
+        dtype: Any,
+        mesh: Mesh | None = None,
+    ):
+        mesh = mesh or target_mesh(jax.devices()[:1], 1)
         self.sizes, self.weights = sizes, weights
         self._models = (target, draft)
         self._rounds: dict[Shape, Any] = {}
         self._chunks: dict[int, Any] = {}
         self._scrub: Any = None
         make = partial(init_slots, *self._models, sizes.slots, sizes.pages, sizes.page)
-        self._empty = jax.jit(partial(make, jnp.dtype(dtype))).lower().compile()
+        shapes = jax.eval_shape(partial(make, jnp.dtype(dtype)))
+        self._whole, self._lie = whole(mesh), state_shardings(mesh, target.config, shapes)
+        # Zeros by shape: the caches' own beginning lies as caches that are not in pages do.
+        zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        self._empty = jax.jit(zeros, out_shardings=self._lie).lower().compile()
         self.state = self._empty()
 
     def shapes(self) -> Iterator[Shape]:
-        """Of all rounds. Edited ones, which are few, verify everything or nothing."""
+        """As `Steps` says."""
         sizes = self.sizes
         for group in sizes.groups:
             budgets = sizes.budgets(group)
@@ -113,7 +167,7 @@ class Programs:
             shape: partial(self._compile_round, shape) for shape in self.shapes()
         }
         jobs |= {chunk: partial(self._compile_chunk, chunk) for chunk in self.sizes.chunks}
-        jobs["scrub"] = partial(self._lower, scrub, self.state, self._padded(()))
+        jobs["scrub"] = partial(self._lower, scrub, self._lie, self.state, self._padded(()))
         progress(0, len(jobs))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = {key: pool.submit(job) for key, job in jobs.items()}
@@ -125,13 +179,13 @@ class Programs:
         self._rounds = made
 
     def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
-        """Dispatch a round; its `Result` is on its way."""
+        """As `Steps` says."""
         given = (self.weights, self.state, control, edits)
         self.state, result = self._rounds[shape](*given)
         return result
 
     def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
-        """Dispatch the next prompt rows, which stand at `start`; returns how many were taken."""
+        """As `Steps` says."""
         chunks = self.sizes.chunks
         size = next((c for c in chunks if c >= len(tokens)), chunks[-1])
         taken = min(size, len(tokens))
@@ -144,15 +198,15 @@ class Programs:
         return taken
 
     def clean(self, pages: tuple[int, ...]) -> None:
-        """Dispatch writing zeros into some pages."""
+        """As `Steps` says."""
         self.state = self._scrub(self.state, self._padded(pages))
 
     def reset(self) -> None:
-        """Begin with empty caches again, after a step failed and took the state with it."""
+        """As `Steps` says."""
         self.state = self._empty()
 
     def control(self, group: int, pages: int) -> Control:
-        """A round in which nobody takes part, to be filled in."""
+        """As `Steps` says."""
         sizes, zeros = self.sizes, partial(np.zeros, group)
         truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
         arrays: dict[str, Any] = {
@@ -170,7 +224,7 @@ class Programs:
         return Control(**arrays)
 
     def edits(self, group: int) -> Edits:
-        """Edits that change nothing, to be filled in."""
+        """As `Steps` says."""
         size = self.sizes.vocabulary
         arrays: dict[str, Any] = {
             "allowed": np.full((group, -(-size // 32)), 0xFFFFFFFF, np.uint32),
@@ -185,18 +239,27 @@ class Programs:
         control = self.control(shape.group, shape.pages)
         edits = self.edits(shape.group) if shape.edited else None
         given = (self.weights, self.state, control, edits)
-        if shape.budget == shape.group:
-            return self._lower(plain_round, *given)
-        return self._lower(partial(_with_budget, shape.budget), *given)
+        plain = shape.budget == shape.group
+        round_ = plain_round if plain else partial(_with_budget, shape.budget)
+        return self._lower(round_, (self._lie, self._whole), *given)
 
     def _compile_chunk(self, chunk: int) -> Any:
         rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
-        return self._lower(prefill_pages, self.weights, self.state, rows)
+        return self._lower(prefill_pages, self._lie, self.weights, self.state, rows)
 
-    def _lower(self, function: Callable[..., Any], *given: Any) -> Any:
-        target, draft = self._models
-        state = next(i for i, x in enumerate(given) if isinstance(x, SlotState))
-        step = jax.jit(partial(function, target, draft), donate_argnums=state)
+    def _lower(self, function: Callable[..., Any], outs: Any, *given: Any) -> Any:
+        """Compiled for arrays that lie as these do; what the host gives is whole on all devices."""
+
+        def lie(x: Any) -> Any:
+            held = isinstance(x, Weights | SlotState)
+            return shardings_of(x) if held else self._whole
+
+        step = jax.jit(
+            partial(function, *self._models),
+            in_shardings=tuple(lie(x) for x in given),
+            out_shardings=outs,
+            donate_argnums=next(i for i, x in enumerate(given) if isinstance(x, SlotState)),
+        )
         return step.lower(*given).compile()
 
     def _rows(self, tokens: np.ndarray, position: np.ndarray, pages: tuple[int, ...]) -> Rows:

@@ -1,9 +1,12 @@
 """From settings to a server: find, load, compile, then answer until told to stop."""
 
+import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from socket import socket
 
 import jax
 from rich.console import Console
@@ -18,33 +21,42 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
+from dspark_jax.hosts import check_same, leading, together
+from dspark_jax.serve.build import Built, build, choose_sizes, compiled, plan, told
+from dspark_jax.serve.following import Leading, followed
 from dspark_jax.serve.http.app import make_app
 from dspark_jax.serve.http.listen import bind, listen
 from dspark_jax.serve.http.settings import HttpSettings, ServedModel, read_keys
+from dspark_jax.serve.layout import described, serving_mesh
+from dspark_jax.serve.lines import Line, connect
 from dspark_jax.serve.models import Loaded, Named, find, load
 from dspark_jax.serve.settings import ServeSettings, Speculation
 from dspark_jax.serve.terminal import answer
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+OWN = ("hosts", "host", "port", "api_key", "api_key_file", "checkpoint", "target")
+OWN += ("compilation_cache", "speculative_config", "model")
+"""Settings that may differ between processes: doors, secrets, and where files lie."""
 
 
 def run(settings: ServeSettings, speculation: Speculation) -> int:
-    """Serve, or answer `--prompt`; the exit code."""
-    console = Console(stderr=settings.prompt is not None, highlight=False)
+    """Serve, or answer `--prompt`; the exit code. All processes but the first only follow."""
+    console = Console(stderr=settings.prompt is not None, highlight=False, quiet=not leading())
     if settings.prompt is not None:
         settings = replace(settings, max_num_seqs=1)
-    listening = None if settings.prompt is not None else bind(settings.host, settings.port)
+    check_alike(settings, speculation)
+    mesh = serving_mesh(settings.data_parallel_size, settings.tensor_parallel_size)
+    answering = settings.prompt is None and leading()
+    listening = together(lambda: bind(settings.host, settings.port) if answering else None)
     kept = keep_compiled(settings.compilation_cache)
-    named = find(
-        settings.checkpoint or speculation.model,
-        settings.target,
-        speculation.num_speculative_tokens != 0,
-    )
+    draft, drafted = settings.checkpoint or speculation.model, speculation.num_speculative_tokens
+    named = together(lambda: find(draft, settings.target, drafted != 0))
     dtype = None if settings.dtype == "auto" else settings.dtype
+    line = connect(settings.hosts)
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
-        loaded = load(named, dtype, partial(_show, progress, reading))
+        loaded = load(named, mesh, dtype, partial(_show, progress, reading))
+    check_same(described_models(loaded))
     sizes = choose_sizes(settings, speculation, loaded)
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
@@ -55,11 +67,28 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     )
     with bar(console, MofNCompleteColumn()) as progress:
         compiling = progress.add_task("compiling programs")
-        built = build(
-            settings, speculation, loaded, sizes, name, partial(_show, progress, compiling)
-        )
-    for line in told(built.seconds, sizes.page):
-        console.print(line, style="dim", soft_wrap=True)
+        programs = compiled(loaded, sizes, partial(_show, progress, compiling))
+    if isinstance(line, Line):
+        return followed(programs, line)
+    steps = programs if line is None else Leading(programs, line)
+    built = build(settings, speculation, loaded, steps, programs.count, name)
+    for cost in told(built.seconds, sizes.page):
+        console.print(cost, style="dim", soft_wrap=True)
+    code = serve(settings, built, loaded, name, listening, console)
+    if code == 0 and isinstance(steps, Leading):
+        steps.stop()  # after a failure the others see it end
+    return code
+
+
+def serve(
+    settings: ServeSettings,
+    built: Built,
+    loaded: Loaded,
+    name: str,
+    listening: socket | None,
+    console: Console,
+) -> int:
+    """Answer what is asked until there is nothing more; the exit code."""
     built.engine.start()
     try:
         if listening is None:
@@ -69,11 +98,24 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         )
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        line = f"ready: http://{address}:{port} (a page to chat with; the API under /v1)"
-        ready = partial(console.print, line, soft_wrap=True)
+        told_ready = f"ready: http://{address}:{port} (a page to chat with; the API under /v1)"
+        ready = partial(console.print, told_ready, soft_wrap=True)
         return 0 if listen(app, listening, settings.shutdown_timeout, ready) else 1
     finally:
         built.engine.stop()
+
+
+def check_alike(settings: ServeSettings, speculation: Speculation) -> None:
+    """Raise ValueError when the processes were started to serve different things."""
+    values = asdict(settings) | asdict(speculation)
+    check_same({name: value for name, value in values.items() if name not in OWN})
+
+
+def described_models(loaded: Loaded) -> dict[str, str]:
+    """What the models' descriptions say, in a few letters each; their weights are not compared."""
+    said = {"target": json.dumps(loaded.files.described, sort_keys=True)}
+    said |= {"draft": repr(loaded.draft_config)}
+    return {name: sha256(text.encode()).hexdigest()[:12] for name, text in said.items()}
 
 
 def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> ServedModel:
@@ -116,15 +158,15 @@ def keep_compiled(folder: Path | None) -> Path:
 def introduce(
     console: Console, name: str, named: Named, loaded: Loaded, bytes_of: dict[str, int]
 ) -> None:
-    """Model, draft, device and memory, before anything slow."""
+    """Model, draft, mesh and memory of each device, before anything slow."""
     draft = "no draft: plain decoding"
     if loaded.draft_config is not None:
         config = loaded.draft_config
         draft = f"draft {named.draft}: {config.draft_length} tokens a block"
-    device = jax.devices()[0]
+    each = "" if loaded.mesh.size == 1 else ", each"
     memory = ", ".join(f"{what} {size / 1e9:.3f} GB" for what, size in bytes_of.items())
     console.print(f"[bold]{name}[/bold] ({loaded.files.folder})")
-    console.print(f"{draft}\n{device.platform} {device.device_kind}: {memory}")
+    console.print(f"{draft}\n{', '.join(described(loaded.mesh))}{each}: {memory}", soft_wrap=True)
 
 
 def bar(console: Console, *amounts: ProgressColumn) -> Progress:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from dspark_jax.config import HostOptions
+
 LENGTH_LIMIT = 4096
 """Of prompt and answer together, where neither the flag nor the model says less."""
 
@@ -41,6 +43,9 @@ class ServeSettings:
     """Cache pages; by default enough for every sequence at its longest."""
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    """Devices that share every layer of the target and the draft."""
+    data_parallel_size: int = 1
+    """Groups of such devices; all of them share the target's experts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: as stored, float32 on a CPU."""
     seed: int = 0
@@ -58,6 +63,7 @@ class ServeSettings:
     """Seconds that answers may take to finish after SIGTERM."""
     compilation_cache: Path | None = None
     """Where compiled programs are kept for the next start; else in the user's cache folder."""
+    hosts: HostOptions = HostOptions()
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def check(settings: ServeSettings, speculation: Speculation) -> None:
             "--speculative-config are two drafts; give one."
         )
     positive = ("max_num_seqs", "block_size", "max_tokens", "max_queued_requests")
-    positive += ("max_queued_tokens",)
+    positive += ("max_queued_tokens", "tensor_parallel_size", "data_parallel_size")
     for name in positive:
         if getattr(settings, name) < 1:
             raise ValueError(
@@ -138,11 +144,6 @@ def check(settings: ServeSettings, speculation: Speculation) -> None:
         raise ValueError(f"--max-model-len {settings.max_model_len} must be 2 or more.")
     if not 0 <= settings.port < 65536:
         raise ValueError(f"--port {settings.port} must be from 0 to 65535.")
-    if settings.tensor_parallel_size != 1:
-        raise ValueError(
-            f"--tensor-parallel-size {settings.tensor_parallel_size} is not served yet: the engine "
-            "runs on one device. Export the draft and serve it with vLLM or SGLang meanwhile."
-        )
     if settings.prompt == "":
         raise ValueError("--prompt is empty; say something to answer.")
     if not 0 <= settings.temperature <= 2:

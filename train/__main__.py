@@ -1,13 +1,13 @@
 """`python -m dspark_jax.train`: the command line of training."""
 
 import argparse
-import os
 import sys
 import traceback
 from pathlib import Path
 
 import tyro
 
+from dspark_jax.leaving import leave
 from dspark_jax.train.command_line import command
 from dspark_jax.train.config_file import read_config
 from dspark_jax.train.presets import PRESETS
@@ -49,25 +49,12 @@ def main() -> int:
     return leave(code)
 
 
-def leave(code: int) -> int:
-    """The exit code; where there are other processes, a failed one ends here.
-
-    jax would make it wait for the others, which may be waiting for it.
-    """
-    jax = sys.modules.get("jax")
-    if code and jax is not None and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
 def outcome(arguments: list[str], stop: Stop) -> int:
     """Run, and say in one line why it ended early."""
     stop.command = command(arguments)
     try:
         given = parse(arguments)
-        from dspark_jax.train.hosts import join  # jax is imported only once the flags are right
+        from dspark_jax.hosts import join  # jax is imported only once the flags are right
         from dspark_jax.train.run import run
 
         join(given.hosts)

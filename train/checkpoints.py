@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dspark_jax.checkpoints.checksums import checksums
-from dspark_jax.train.hosts import from_first, said_by_all
+from dspark_jax.hosts import from_first, said_by_all
 
 Say = Callable[[str], None]
 UNFINISHED = ".orbax-checkpoint-tmp"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dspark_jax.train.hosts import fetch
+from dspark_jax.hosts import fetch
 from dspark_jax.types import Rows, Target
 
 NEAR_TIE = 1e-4

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from dspark_jax.hosts import fetch, from_first, leading
 from dspark_jax.target_folder import LoadedTarget
 from dspark_jax.train.command_line import command, going_on
 from dspark_jax.train.data import Data
 from dspark_jax.train.draft_files import save_draft
-from dspark_jax.train.hosts import fetch, from_first, leading
 from dspark_jax.train.loggers import read_records
 from dspark_jax.train.proof import prove
 from dspark_jax.train.report import write_report

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dspark_jax.hosts import fetch
 from dspark_jax.train.conversations import Row
-from dspark_jax.train.hosts import fetch
 from dspark_jax.train.packing import Packed
 from dspark_jax.types import Batch, Target, TargetStates
 

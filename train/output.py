@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 
 import jax
 
+from dspark_jax.hosts import from_first, together
 from dspark_jax.train.config_file import differences, write_config
-from dspark_jax.train.hosts import from_first, together
 from dspark_jax.train.settings import Command, TrainSettings
 
 RESULTS = ("checkpoints", "draft", "metrics.jsonl", "tensorboard", "wandb", "wandb_run")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.generation import Generation, plain_generate, plain_prefill, plain_state
+from dspark_jax.hosts import fetch
 from dspark_jax.loop import Request
 from dspark_jax.train import python_corpus
 from dspark_jax.train.conversations import Messages, prompt_tokens
-from dspark_jax.train.hosts import fetch
 from dspark_jax.types import Rows, Target
 
 

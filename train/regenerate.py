@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dspark_jax.hosts import from_first, leading, together
 from dspark_jax.target_folder import LoadedTarget, target_fingerprint, tokenizer_fingerprint
 from dspark_jax.train.conversations import Example, Messages, conversation_line, read_conversations
-from dspark_jax.train.hosts import from_first, leading, together
 from dspark_jax.train.prompts import answers, fitting, library_prompts
 from dspark_jax.train.settings import TrainSettings
 from dspark_jax.types import Target

@@ -10,6 +10,14 @@ from rich.console import Console
 from dspark_jax.checkpoints.folder import embedded
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft import check_mesh, init_draft_params
+from dspark_jax.hosts import (
+    any_process,
+    check_same,
+    from_first,
+    leading,
+    together,
+    wait,
+)
 from dspark_jax.target_folder import (
     LoadedTarget,
     TargetFiles,
@@ -34,14 +42,6 @@ from dspark_jax.train.devices import (
 )
 from dspark_jax.train.draft_files import WarmStart, warm_start
 from dspark_jax.train.finish import finish
-from dspark_jax.train.hosts import (
-    any_process,
-    check_same,
-    from_first,
-    leading,
-    together,
-    wait,
-)
 from dspark_jax.train.inspect_data import inspect
 from dspark_jax.train.output import begin, claimed, untouched
 from dspark_jax.train.presets import draft_config

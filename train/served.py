@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.generation import generate, plain_generate, plain_prefill, plain_state
+from dspark_jax.hosts import fetch
 from dspark_jax.loop import Request, Weights, init_state, prefill
-from dspark_jax.train.hosts import fetch
 from dspark_jax.train.prompts import pad_prompts, prompt_rows
 from dspark_jax.types import DecodeState, Draft, Target
 

@@ -8,6 +8,7 @@ import tyro
 
 from dspark_jax.config import (
     RECIPES,
+    HostOptions,
     LayerType,
     LossConfig,
     MarkovHeadType,
@@ -115,21 +116,6 @@ class KeepingOptions:
     """Where metrics go beside metrics.jsonl."""
     serve_prompts: int = 24
     """Held-out prompts answered with and without the draft at the end."""
-
-
-@dataclass(frozen=True)
-class HostOptions:
-    """Processes on several hosts that train together; jax finds those of SLURM, Open MPI and TPU
-    pods by itself."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0, which the others reach; the port is free there."""
-    processes: int | None = None
-    """How many there are, each started with the same other flags."""
-    process_id: int | None = None
-    """Which of them this is, from 0; process 0 speaks and writes."""
-    join_seconds: float = 300.0
-    """How long the first waits for the last."""
 
 
 @dataclass(frozen=True)

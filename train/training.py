@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from dspark_jax.hosts import leading
+from dspark_jax.train.agreement import Agreement
 from dspark_jax.train.checkpoints import Checkpoints, Say
 from dspark_jax.train.config_file import to_json
 from dspark_jax.train.data import Data, held_out_batches
-from dspark_jax.train.hosts import Agreement, leading
 from dspark_jax.train.loggers import MetricsLog, NoLog
 from dspark_jax.train.packing import Packed, pack
 from dspark_jax.train.progress import Bar

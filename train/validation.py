@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dspark_jax.hosts import fetch
 from dspark_jax.metrics import Metrics
 from dspark_jax.objective import Outcome
-from dspark_jax.train.hosts import fetch
 from dspark_jax.train.packing import Packed
 from dspark_jax.train.trainer import Job, draw_blocks, make_objective, on_mesh
 from dspark_jax.types import Batch, Blocks

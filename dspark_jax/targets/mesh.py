@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from dspark_jax.config import GlmConfig, TargetConfig
-from dspark_jax.sharding import DATA, TENSOR, Family, tree_specs, zeros
+from dspark_jax.sharding import DATA, TENSOR, Family, page_specs, tree_specs, zeros
 from dspark_jax.spread import over, rows, run
 from dspark_jax.targets import glm, qwen3
 from dspark_jax.types import Rows, TargetStates
@@ -55,6 +55,9 @@ def spread_decoding(
     def specs(tree: Any) -> Any:
         return None if mesh is None else tree_specs(mesh, tree, family(config))
 
+    def paged_specs(cache: Any) -> Any:
+        return None if mesh is None else page_specs(mesh, cache, family(config))
+
     def empty(batch: int, capacity: int, dtype: Any) -> Any:
         if isinstance(config, GlmConfig):
             return glm.init_cache(config, batch, capacity, dtype)
@@ -67,8 +70,10 @@ def spread_decoding(
         return zeros(shapes, mesh, family(config))
 
     def extend(params: Any, cache: Any, given: Rows) -> tuple[Any, TargetStates]:
-        spread = over(mesh, len(given.tokens))
-        held, lie = specs(cache), rows(spread)
+        # In pages, which all groups hold, all groups write all rows.
+        paged = given.pages is not None
+        spread = over(mesh, len(given.tokens), not paged)
+        held, lie = paged_specs(cache) if paged else specs(cache), rows(spread)
 
         def part(params: Any, cache: Any, given: Rows) -> tuple[Any, TargetStates]:
             return model(params).extend(cache, given, spread)

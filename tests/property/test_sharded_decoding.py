@@ -76,11 +76,11 @@ class Pair(NamedTuple):
     weights: Weights
 
 
-def pair(case: Case, mesh: Mesh | None) -> Pair:
+def pair(case: Case, mesh: Mesh | None, fp8: bool = False) -> Pair:
     """Both models of a case, with weights far from their start."""
     config = TARGETS[case.target]
     target, draft = make_target(config, mesh), dspark_draft(case.draft, mesh)
-    params = jax.tree.map(jnp.asarray, params_of(config))
+    params = jax.tree.map(jnp.asarray, params_of(config, fp8))
     draft_params = jax.tree.map(lambda x: 3 * x, init_draft_params(case.draft, 5))
     frozen = target.frozen(params, jnp.asarray(TARGET_ID))
     if mesh is not None:

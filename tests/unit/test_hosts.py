@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.train.hosts import (
-    Agreement,
+from dspark_jax.config import HostOptions
+from dspark_jax.hosts import (
     announced,
     any_process,
     check_options,
@@ -17,7 +17,7 @@ from dspark_jax.train.hosts import (
     said_by_all,
     together,
 )
-from dspark_jax.train.settings import HostOptions
+from dspark_jax.train.agreement import Agreement
 from dspark_jax.train.stopping import Stop
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}

@@ -1,8 +1,8 @@
 """More than one host: a process each runs the same program, and process 0 alone speaks and writes.
 
-Every process reads the data for itself, holds its devices' share of a batch and of the weights, and
-runs every program in step with the others. `--output` lies on a file system that all of them see.
-A process that fails ends at once, and those that wait for it with it.
+Every process reads its files for itself, holds its devices' share of a batch and of the weights,
+and runs every program in step with the others. A process that fails ends at once, and those that
+wait for it with it.
 """
 
 import json
@@ -15,11 +15,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.sharding import place
-from dspark_jax.train.settings import HostOptions
-from dspark_jax.train.stopping import Stop
+from dspark_jax.config import HostOptions
 
 T = TypeVar("T")
 
@@ -197,28 +194,3 @@ def fetch(tree: Any) -> Any:
 def any_process(wish: bool) -> bool:
     """Whether any process has it; all of them have to ask."""
     return any(said == "yes" for said in said_by_all("yes" if wish else ""))
-
-
-class Agreement:
-    """Whether any process was asked to stop: all learn it before the same step.
-
-    A question is answered one step later, so that nobody waits for the step at hand.
-    """
-
-    def __init__(self, stop: Stop):
-        self.stop, self.asked = stop, None
-        self.mesh = Mesh(np.array(jax.devices()), ("device",))
-        self.greatest = jax.jit(
-            jax.numpy.max, out_shardings=NamedSharding(self.mesh, PartitionSpec())
-        )
-
-    def reached(self) -> bool:
-        """Asked once before every step, by all processes."""
-        if jax.process_count() == 1:
-            return self.stop.wanted
-        answer, self.asked = self.asked, self._ask()
-        return answer is not None and bool(answer)
-
-    def _ask(self) -> jax.Array:
-        wishes = np.full(self.mesh.size, self.stop.wanted, np.int32)
-        return self.greatest(place(wishes, NamedSharding(self.mesh, PartitionSpec("device"))))
