@@ -40,7 +40,8 @@ class Control(NamedTuple):
 
     A `slot` beyond the last is nobody. A `fresh` sequence begins with `anchor` after `length` rows
     that its pages hold. `cap` bounds the drafts verified. `draft_temperature` 0 drafts greedily,
-    any other drafts at `temperature`, by which the drafts are judged.
+    any other drafts at `temperature`, by which the drafts are judged. A draft's chance to be
+    accepted is taken to be `sigmoid(slope * confidence + intercept)`, slot by slot.
     """
 
     slot: Int[Array, "N"]
@@ -52,6 +53,8 @@ class Control(NamedTuple):
     key: UInt32[Array, "N 2"]
     temperature: Float[Array, "N"]
     draft_temperature: Float[Array, "N"]
+    slope: Float[Array, "N G"]
+    intercept: Float[Array, "N G"]
     truncation: Truncation
 
 
@@ -67,14 +70,15 @@ class Logprobs(NamedTuple):
 class Result(NamedTuple):
     """A round's tokens: `accepted` drafts of `verified`, then the bonus; nothing else is real.
 
-    `confidence` is of every slot, verified or not. `finite` is False where the target's logits were
-    not numbers: the tokens mean nothing then.
+    `confidence` is the proposal's and `chance` what it was taken for, of every slot, verified or
+    not. `finite` is False where the target's logits were not numbers: the tokens mean nothing then.
     """
 
     tokens: Int[Array, "N S"]
     accepted: Int[Array, "N"]
     verified: Int[Array, "N"]
     confidence: Float[Array, "N G"]
+    chance: Float[Array, "N G"]
     finite: Bool[Array, "N"]
     logprobs: Logprobs | None
 
@@ -130,7 +134,8 @@ def serve_round(
     with jax.named_scope("schedule"):
         cap = jnp.where(active, jnp.clip(control.cap, 0, draft.draft_length), 0)
         allowed = jnp.maximum(budget - jnp.sum(active), 0)
-        verify_length = verify_lengths(proposal.confidence, cap, allowed)
+        chance = jax.nn.sigmoid(control.slope * proposal.confidence + control.intercept)
+        verify_length = verify_lengths(chance, cap, allowed)
         places, position = pack(
             active, length, verify_length, (budget, draft.draft_length + 1), BEYOND
         )
@@ -163,8 +168,8 @@ def serve_round(
     drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     tokens = jnp.where(slot == verdict.accepted[:, None], verdict.bonus[:, None], drafts)
     told = None if edits is None else _logprobs(logits, tokens)
-    result = (tokens, verdict.accepted, verify_length, proposal.confidence, finite, told)
-    return state, Result(*result)
+    said = (proposal.confidence, chance)
+    return state, Result(tokens, verdict.accepted, verify_length, *said, finite, told)
 
 
 def plain_round(
@@ -199,8 +204,9 @@ def plain_round(
         draft_cache,
     )
     none, tokens = jnp.zeros_like(token), token[:, None]
+    unsaid = jnp.zeros((len(token), 0))
     told = None if edits is None else _logprobs(logits, tokens)
-    return state, Result(tokens, none, none, jnp.zeros((len(token), 0)), finite, told)
+    return state, Result(tokens, none, none, unsaid, unsaid, finite, told)
 
 
 def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "Vd"]) -> Proposal:

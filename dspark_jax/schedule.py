@@ -13,17 +13,18 @@ from dspark_jax.types import Places
 
 
 def verify_lengths(
-    confidence: Float[Array, "N G"], cap: Int[Array, "N"], budget: Int[Array, ""]
+    chance: Float[Array, "N G"], cap: Int[Array, "N"], budget: Int[Array, ""]
 ) -> Int[Array, "N"]:
     """How many drafts of every sequence are verified: the `budget` likeliest to survive.
 
-    `cap` bounds each sequence's. Of equal survivals the earlier slot comes first, then the earlier
-    sequence, so that what is admitted is always the beginning of a block.
+    `chance` is that a slot's draft is accepted if those before it are. `cap` bounds each
+    sequence's. Of equal survivals the earlier slot comes first, then the earlier sequence, so that
+    what is admitted is always the beginning of a block.
     """
-    slot = jnp.arange(confidence.shape[1])
+    slot = jnp.arange(chance.shape[1])
     eligible = slot < cap[:, None]
     # The minimum holds where a backend multiplies in another order and rounds upwards.
-    survival = jax.lax.cummin(jnp.cumprod(confidence, axis=1), axis=1)
+    survival = jax.lax.cummin(jnp.cumprod(chance, axis=1), axis=1)
     survival = jnp.where(eligible, survival, -1.0)
     row, place = jnp.indices(survival.shape)
     best_first = jnp.lexsort((row.ravel(), place.ravel(), -survival.ravel()))

@@ -16,6 +16,7 @@ from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Programs, Shape
+from dspark_jax.serve.rating import Rating
 from dspark_jax.serve.sequence import Sequence
 from dspark_jax.truncation import Edits
 
@@ -51,12 +52,12 @@ class Batch:
         ends: frozenset[int],
         metrics: Metrics,
         seconds: dict[Shape, float],
+        rating: Rating,
         draft_greedily: bool = False,
-        confident: bool = True,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
         self.ends, self.draft_greedily = ends, draft_greedily
-        self.metrics, self.seconds, self.confident = metrics, seconds, confident
+        self.metrics, self.seconds, self.rating = metrics, seconds, rating
         self._heard, self._undisturbed = 0.0, True
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -136,6 +137,7 @@ class Batch:
             return False
         shape, caps = self._shape(chosen)
         control = self.programs.control(shape.group, shape.pages)
+        control.slope[:], control.intercept[:] = self.rating.slope, self.rating.intercept
         edits = self.programs.edits(shape.group) if shape.edited else None
         for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
             self._alone(sequence, self._fill, control, edits, row, cap)
@@ -159,7 +161,7 @@ class Batch:
         held = max(len(s.pages) for s in chosen)
         pages = sizes.longest if edited else next(p for p in sizes.contexts if p >= held)
         costs = {b: self.seconds.get(Shape(group, b, pages, False), 0.0) for b in choice}
-        budget = self.policy.budget(costs, [s.confidence for s in chosen], caps)
+        budget = self.policy.budget(costs, [s.chance for s in chosen], caps)
         return Shape(group, budget, pages, edited), caps
 
     def _alone(self, sequence: Sequence, act: Callable[..., None], *given: Any) -> None:
@@ -259,11 +261,11 @@ class Batch:
         taken, stop = sequence.take(tokens, self.ends)
         sequence.rows = len(sequence.tokens) - 1
         if drafted:
-            confidence = result.confidence[row].tolist()
-            sequence.confidence = confidence if self.confident else ()
-            self.policy.observe(accepted, verified, sequence.confidence)
+            sequence.chance = result.chance[row].tolist()
+            self.rating.learn(result.confidence[row], accepted, verified)
+            self.policy.observe(accepted, verified, sequence.chance)
             hits = [float(j < accepted) for j in range(min(verified, accepted + 1))]
-            self.metrics.calibrated(confidence[: len(hits)], hits)
+            self.metrics.calibrated(sequence.chance[: len(hits)], hits)
         error = _advance(sequence, [t for t in taken if t not in self.ends])
         if error is not None:
             sequence.finish = "error"

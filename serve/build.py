@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dspark_jax.serve.batch import Batch
 from dspark_jax.serve.engine import QueueLimits, ThreadedEngine
@@ -14,6 +15,7 @@ from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.profile import measure
 from dspark_jax.serve.programs import Programs, Shape, Sizes
+from dspark_jax.serve.rating import Estimator, Head, Rating
 from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
 
 CHUNKS = (32, 128, 512)
@@ -98,13 +100,22 @@ def build(
         frozenset(loaded.files.ends),
         metrics,
         seconds,
+        rating(loaded),
         draft_greedily=speculation.draft_sample_method == "greedy",
-        confident=loaded.draft_config is None or loaded.draft_config.enable_confidence_head,
     )
     limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
     grammars = Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends)
     count_compilations(metrics)
     return Built(ThreadedEngine(batch, grammars, limits, metrics), sizes, metrics, seconds)
+
+
+def rating(loaded: Loaded) -> Rating:
+    """By the temperatures beside the draft; without a confidence head learnt on the way."""
+    config = loaded.draft_config
+    if config is not None and not config.enable_confidence_head:
+        return Estimator(config.draft_length)
+    fitted = loaded.temperatures
+    return Head(np.ones(loaded.draft.draft_length) if fitted is None else fitted)
 
 
 def count_compilations(metrics: Metrics) -> None:

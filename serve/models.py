@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax import calibration_file
 from dspark_jax.checkpoints.fingerprint import target_fingerprint
 from dspark_jax.checkpoints.folder import embedded, resolve
 from dspark_jax.config import DraftConfig
@@ -38,6 +39,8 @@ class Loaded(NamedTuple):
     draft: Draft
     weights: Weights
     draft_config: DraftConfig | None
+    temperatures: np.ndarray | None
+    """Fitted to the draft's confidences; None where nobody has."""
 
 
 def find(checkpoint: str | None, target: str | None, speculate: bool) -> Named:
@@ -73,7 +76,8 @@ def load(named: Named, dtype: str | None, progress: Callable[[int, int], None]) 
             f"draft {named.draft} was trained for another target than {files.folder} (their "
             "fingerprints differ); give the --target that it was trained for."
         )
-    return _read(files, config, params, target_id, dtype, progress)
+    fitted = calibration_file.read(named.draft, config.draft_length)
+    return _read(files, config, params, target_id, dtype, progress)._replace(temperatures=fitted)
 
 
 def _read(
@@ -94,7 +98,7 @@ def _read(
     weights = jax.jit(lambda p, d, f: prepare_weights(target, draft, p, d, f))(
         loaded.params, params, frozen
     )
-    return Loaded(files, target, draft, weights, config)
+    return Loaded(files, target, draft, weights, config, None)
 
 
 def stored_type(described: Mapping[str, Any]) -> str:

@@ -154,6 +154,7 @@ class Programs:
     def control(self, group: int, pages: int) -> Control:
         """A round in which nobody takes part, to be filled in."""
         sizes, zeros = self.sizes, partial(np.zeros, group)
+        drafted = self._models[1].draft_length
         truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
         arrays: dict[str, Any] = {
             "slot": np.full(group, sizes.slots, np.int32),
@@ -165,6 +166,8 @@ class Programs:
             "key": np.zeros((group, 2), np.uint32),
             "temperature": zeros(np.float32),
             "draft_temperature": zeros(np.float32),
+            "slope": np.ones((group, drafted), np.float32),
+            "intercept": np.zeros((group, drafted), np.float32),
             "truncation": Truncation(*truncation),
         }
         return Control(**arrays)

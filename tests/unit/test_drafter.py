@@ -16,6 +16,7 @@ from dspark_jax.draft_decoder import (
     draft_block,
     extend_context,
     init_draft_cache,
+    likeliest,
     prepare,
     run_block,
 )
@@ -143,7 +144,7 @@ def test_a_drafted_block_scores_as_when_its_tokens_are_given(
     assert proposal.tokens.shape == (3, G)
     assert_close(proposal.logits, logits_of(config, scores)[:, 0, -G:])
     assert scores.confidence is not None
-    assert_close(proposal.confidence, jax.nn.sigmoid(scores.confidence[:, 0, -G:]))
+    assert_close(proposal.confidence, scores.confidence[:, 0, -G:])
 
 
 @pytest.mark.parametrize("non_causal", [True, False])
@@ -163,9 +164,19 @@ def test_greedy_rows_take_the_largest_logit_and_proposals_are_target_ids():
     np.testing.assert_array_equal(proposal.tokens[0], greedy)
 
 
-def test_a_draft_without_confidence_head_is_sure():
-    config = replace(CONFIG, enable_confidence_head=False)
-    np.testing.assert_array_equal(draft(config).confidence, 1.0)
+def test_a_draft_without_confidence_head_says_how_likely_its_likeliest_token_is():
+    proposal = draft(replace(CONFIG, enable_confidence_head=False))
+    temperature = np.array(TEMPERATURE)[:, None, None]
+    scaled = proposal.logits / np.where(temperature == 0, 1, temperature)
+    best = jnp.max(jax.nn.softmax(scaled), axis=-1)
+    np.testing.assert_allclose(
+        proposal.confidence, jnp.log(best / (1 - best)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_odds_of_a_certain_token_are_a_number():
+    logits = jnp.array([[[0.0, -jnp.inf], [200.0, 0.0], [1.0, 1.0]]])
+    np.testing.assert_array_equal(likeliest(logits, jnp.zeros(1)), [[40, 40, 0]])
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_slot():
