@@ -1,19 +1,22 @@
 """The engine of given models and settings: sizes chosen, memory counted, programs compiled."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dspark_jax.serve.batch import Batch
+from dspark_jax.serve.costs import known, made_for
 from dspark_jax.serve.engine import QueueLimits, ThreadedEngine
 from dspark_jax.serve.grammar import Grammars
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
-from dspark_jax.serve.profile import measure
+from dspark_jax.serve.profile import costed, measure
 from dspark_jax.serve.programs import Programs, Shape, Sizes
 from dspark_jax.serve.rating import Estimator, Head, Rating
 from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
@@ -29,6 +32,8 @@ class Built(NamedTuple):
     sizes: Sizes
     metrics: Metrics
     seconds: Mapping[Shape, float]
+    note: str
+    """Where the seconds come from."""
 
 
 def choose_sizes(settings: ServeSettings, speculation: Speculation, loaded: Loaded) -> Sizes:
@@ -82,9 +87,10 @@ def build(
     loaded: Loaded,
     sizes: Sizes,
     name: str,
+    kept: Path,
     progress: Callable[[int, int], None],
 ) -> Built:
-    """Compile everything and measure it; `progress(done, total)` follows the programs."""
+    """Compile everything and measure it, or find it in `kept`; `progress(done, total)` follows."""
     dtype = loaded.weights.frozen.embed.dtype
     programs = Programs(loaded.target, loaded.draft, loaded.weights, sizes, dtype)
     programs.compile(progress)
@@ -92,7 +98,11 @@ def build(
     metrics.compiled(programs.count)
     metrics.cache_config({"block_size": sizes.page, "num_gpu_blocks": sizes.pages})
     adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
-    seconds = measure(programs) if adaptive else {}
+    seconds, note = {}, "costs of rounds: not needed, whole blocks are verified"
+    if adaptive:
+        facts = made_for(loaded, sizes, str(dtype))
+        measuring = partial(measure, programs)
+        seconds, note = known(kept, facts, costed(programs), measuring, settings.profile_again)
     batch = Batch(
         programs,
         Pages(sizes.pages, sizes.page, settings.enable_prefix_caching),
@@ -106,7 +116,7 @@ def build(
     limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
     grammars = Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends)
     count_compilations(metrics)
-    return Built(ThreadedEngine(batch, grammars, limits, metrics), sizes, metrics, seconds)
+    return Built(ThreadedEngine(batch, grammars, limits, metrics), sizes, metrics, seconds, note)
 
 
 def rating(loaded: Loaded) -> Rating:

@@ -9,6 +9,11 @@ from dspark_jax.serve.programs import Programs, Shape
 REPEATS, TOGETHER = 3, 4
 
 
+def costed(programs: Programs) -> list[Shape]:
+    """The shapes that are measured. Edited rounds cost what others do."""
+    return [shape for shape in programs.shapes() if not shape.edited]
+
+
 def measure(programs: Programs) -> dict[Shape, float]:
     """Seconds of every kind of round: the least of a few, as others may use the machine too.
 
@@ -16,9 +21,7 @@ def measure(programs: Programs) -> dict[Shape, float]:
     others do, since shapes alone decide.
     """
     seconds = {}
-    for shape in programs.shapes():
-        if shape.edited:
-            continue
+    for shape in costed(programs):
         control = programs.control(shape.group, shape.pages)
         control.slot[:] = range(shape.group)
         control.fresh[:], control.cap[:] = True, programs.sizes.verified

@@ -6,7 +6,7 @@ round's program takes for the chance; what it is given is data, so nothing compi
 """
 
 from collections import deque
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ DAMPING, PENALTY = 50, 1e-3
 NEWTON_STEPS = 20
 
 
+@runtime_checkable
 class Rating(Protocol):
     """Slopes and intercepts, one per drafted slot, and whom to tell what became of a block."""
 
@@ -58,7 +59,8 @@ class Estimator:
     def learn(self, confidence: Float[np.ndarray, "G"], accepted: int, verified: int) -> None:
         """Drafts after the first refused one were not judged."""
         judged = min(verified, accepted + 1)
-        self._judged.extend((j, float(confidence[j]), j < accepted) for j in range(judged))
+        finite = [j for j in range(judged) if np.isfinite(confidence[j])]
+        self._judged.extend((j, float(confidence[j]), j < accepted) for j in finite)
         self._blocks += 1
         if self._blocks % REFIT_EVERY == 0 and self._judged:
             self._refit()

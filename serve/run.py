@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
+from dspark_jax.serve.calibrating import check_draft, check_head, prepared, run_calibration
 from dspark_jax.serve.http.app import make_app
 from dspark_jax.serve.http.listen import bind, listen
 from dspark_jax.serve.http.settings import HttpSettings, ServedModel, read_keys
@@ -34,17 +35,23 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     console = Console(stderr=settings.prompt is not None, highlight=False)
     if settings.prompt is not None:
         settings = replace(settings, max_num_seqs=1)
-    listening = None if settings.prompt is not None else bind(settings.host, settings.port)
+    if settings.calibrate:
+        settings, speculation = prepared(settings, speculation)
+    serving = settings.prompt is None and not settings.calibrate
+    listening = bind(settings.host, settings.port) if serving else None
     kept = keep_compiled(settings.compilation_cache)
     named = find(
         settings.checkpoint or speculation.model,
         settings.target,
         speculation.num_speculative_tokens != 0,
     )
+    calibrated = check_draft(settings, named) if settings.calibrate else None
     dtype = None if settings.dtype == "auto" else settings.dtype
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
         loaded = load(named, dtype, partial(_show, progress, reading))
+    if calibrated is not None:
+        check_head(calibrated, loaded)
     sizes = choose_sizes(settings, speculation, loaded)
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
@@ -55,11 +62,13 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     )
     with bar(console, MofNCompleteColumn()) as progress:
         compiling = progress.add_task("compiling programs")
-        built = build(
-            settings, speculation, loaded, sizes, name, partial(_show, progress, compiling)
-        )
+        show = partial(_show, progress, compiling)
+        built = build(settings, speculation, loaded, sizes, name, kept, show)
+    console.print(built.note, style="dim", soft_wrap=True)
     for line in told(built.seconds, sizes.page):
         console.print(line, style="dim", soft_wrap=True)
+    if calibrated is not None:
+        return calibrate_draft(settings, calibrated, built, loaded, console)
     built.engine.start()
     try:
         if listening is None:
@@ -74,6 +83,16 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         return 0 if listen(app, listening, settings.shutdown_timeout, ready) else 1
     finally:
         built.engine.stop()
+
+
+def calibrate_draft(
+    settings: ServeSettings, folder: Path, built: Built, loaded: Loaded, console: Console
+) -> int:
+    """`--calibrate`, under a bar; the exit code."""
+    with bar(console, MofNCompleteColumn()) as progress:
+        answering = progress.add_task("answering prompts")
+        show = partial(_show, progress, answering)
+        return run_calibration(settings, folder, built, loaded, console, show)
 
 
 def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> ServedModel:

@@ -22,8 +22,12 @@ class ServeSettings:
     (greedy or probabilistic), enable_adaptive_verification."""
     prompt: str | None = None
     """Answer this in the terminal instead of serving."""
+    calibrate: bool = False
+    """Fit temperatures to the draft's confidences and write them beside it, instead of serving."""
+    data: Path | None = None
+    """Conversations for --calibrate, JSONL; by default the prompts that the draft's run served."""
     max_tokens: int = 256
-    """Of the answer to --prompt."""
+    """Of the answer to --prompt, and of every one for --calibrate."""
     temperature: float = 0.0
     """Of the answer to --prompt."""
     host: str = "127.0.0.1"
@@ -58,6 +62,9 @@ class ServeSettings:
     """Seconds that answers may take to finish after SIGTERM."""
     compilation_cache: Path | None = None
     """Where compiled programs are kept for the next start; else in the user's cache folder."""
+    profile_again: bool = False
+    """Measure what rounds cost although it is known from an earlier start, as after one on a busy
+    machine."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,10 @@ def check(settings: ServeSettings, speculation: Speculation) -> None:
             f"--tensor-parallel-size {settings.tensor_parallel_size} is not served yet: the engine "
             "runs on one device. Export the draft and serve it with vLLM or SGLang meanwhile."
         )
+    if settings.prompt is not None and settings.calibrate:
+        raise ValueError("--prompt and --calibrate are two things to do; give one.")
+    if settings.data is not None and not settings.calibrate:
+        raise ValueError(f"--data {settings.data} is for --calibrate only; give both or neither.")
     if settings.prompt == "":
         raise ValueError("--prompt is empty; say something to answer.")
     if not 0 <= settings.temperature <= 2:

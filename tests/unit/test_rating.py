@@ -38,6 +38,14 @@ def test_little_is_believed_little_and_nothing_not_at_all():
     assert np.all(estimator.slope == SLOPE) and np.all(estimator.intercept == INTERCEPT)
 
 
+def test_what_is_not_a_number_teaches_nothing():
+    estimator = Estimator(G)
+    for _ in range(2 * REFIT_EVERY):
+        estimator.learn(np.array([np.nan, 1.0, 1.0]), G, G)
+    assert np.all(np.isfinite(estimator.slope)) and estimator.intercept[0] == INTERCEPT
+    assert estimator.intercept[1] > INTERCEPT
+
+
 def test_what_was_long_ago_is_forgotten():
     estimator = Estimator(1)
     for kept in (0, 1):
@@ -50,7 +58,7 @@ def test_what_was_long_ago_is_forgotten():
 @pytest.mark.parametrize("odds", [-40.0, 0.0, 40.0])
 def test_drafts_that_are_all_alike_give_finite_numbers(odds: float, accepted: float):
     slope, intercept = fit(np.zeros(50, int), np.full(50, odds), np.full(50, accepted) > 0, G)
-    chance = sigmoid(np.array(slope * odds) + intercept[0])
+    chance = sigmoid(slope * odds + intercept)[0]
     assert np.all(np.isfinite(intercept)) and abs(chance - accepted) < 0.1
 
 
