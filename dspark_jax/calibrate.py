@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 BINS = 15
 GRID = 2.0 ** np.array(sorted(np.arange(-60, 61) / 20, key=abs))
-"""Temperatures tried: from 1 outwards to 1/8 and 8, so that of equals the mildest is taken."""
+"""Temperatures tried, the mildest first: from 1 outwards to 1/8 and 8."""
 
 
 class Rounds(NamedTuple):
@@ -59,15 +59,18 @@ def fit(
 ) -> Float[np.ndarray, "G"]:
     """Sequential temperature scaling: T_k minimises the error of `Π_{i<=k} sigmoid(z_i / T_i)`.
 
-    Earlier temperatures stay as they were found.
+    Earlier temperatures stay as they were found. Where so many rounds cannot tell a milder one from
+    the best, it is taken: else those of late positions, which few drafts reach, would be chance.
     """
     survived = survivals(accepted, confidence.shape[1])
     temperatures, before = [], np.ones(len(accepted))
     for k in range(confidence.shape[1]):
         products = before * sigmoid(confidence[:, k] / GRID[:, None])
-        best = int(np.argmin([error(product, survived[:, k]) for product in products]))
-        temperatures.append(GRID[best])
-        before = products[best]
+        found = np.array([error(product, survived[:, k]) for product in products])
+        near = found <= found.min() + uncertainty(products[found.argmin()])
+        mildest = int(near.argmax())
+        temperatures.append(GRID[mildest])
+        before = products[mildest]
     return np.array(temperatures)
 
 
@@ -98,6 +101,11 @@ def error(predicted: Float[np.ndarray, "n"], came_true: Bool[np.ndarray, "n"]) -
     place = np.minimum((predicted * BINS).astype(int), BINS - 1)
     off = np.bincount(place, predicted - came_true, BINS)
     return float(np.abs(off).sum() / max(len(predicted), 1))
+
+
+def uncertainty(predicted: Float[np.ndarray, "n"]) -> float:
+    """Standard error of the share that comes true, if each does with the chance predicted."""
+    return float(np.sqrt(np.sum(predicted * (1 - predicted))) / max(len(predicted), 1))
 
 
 def sigmoid(x: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:

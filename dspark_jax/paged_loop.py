@@ -4,18 +4,19 @@ As `loop.decode_step`, with what a server needs beside it: every round serves an
 drafts to verify are chosen by confidence within a budget, and requests differ in how they draw.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from dspark_jax.acceptance import accept
 from dspark_jax.cache import to_blocks
 from dspark_jax.generation import sample
 from dspark_jax.loop import DRAFT_SALT, VERIFY_SALT, Weights
 from dspark_jax.sampling import salted
-from dspark_jax.schedule import pack, verify_lengths
+from dspark_jax.schedule import pack, verify_lengths, worth_verifying
 from dspark_jax.truncation import Edits, Truncation, edit, truncate
 from dspark_jax.types import Draft, Places, Proposal, Rows, Target, Verdict
 
@@ -56,6 +57,8 @@ class Control(NamedTuple):
     slope: Float[Array, "N G"]
     intercept: Float[Array, "N G"]
     truncation: Truncation
+    seconds: Float[Array, "rows"] | None = None
+    """What rounds of so many verified rows take, where the program chooses among them."""
 
 
 class Logprobs(NamedTuple):
@@ -102,6 +105,18 @@ def prefill_pages(
     return state._replace(target_cache=cache, draft_cache=draft_cache)
 
 
+class Drafted(NamedTuple):
+    """A round's blocks, before it is known how much of them is verified."""
+
+    anchor: Int[Array, "N"]
+    length: Int[Array, "N"]
+    active: Bool[Array, "N"]
+    keys: Key[Array, "N"]
+    proposal: Proposal
+    chance: Float[Array, "N G"]
+    cap: Int[Array, "N"]
+
+
 def serve_round(
     target: Target,
     draft: Draft,
@@ -116,6 +131,39 @@ def serve_round(
     With `edits`, which hold for the first row of a sequence (their `cap` must be 0), the tokens'
     log-probabilities are reported too.
     """
+    drafted = draft_round(draft, weights, state, control)
+    return verify_round(target, draft, weights, state, control, edits, drafted, budget)
+
+
+def stopping_round(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    control: Control,
+    edits: Edits | None,
+    budgets: tuple[int, ...],
+) -> tuple[SlotState, Result]:
+    """As `serve_round`, with as many verified rows as Algorithm 1 chooses for these very blocks.
+
+    Rounded up to the next of `budgets`, which ascend: each has its own shapes.
+    """
+    assert control.seconds is not None
+    drafted = draft_round(draft, weights, state, control)
+    with jax.named_scope("schedule"):
+        active = jnp.sum(drafted.active, dtype=jnp.int32)
+        wanted = worth_verifying(drafted.chance, drafted.cap, active, control.seconds)
+        chosen = jnp.searchsorted(jnp.array(budgets), active + wanted)
+
+    def verify(budget: int, *given: Any) -> Any:
+        return verify_round(target, draft, *given, budget)
+
+    branches = [partial(verify, budget) for budget in budgets]
+    return jax.lax.switch(chosen, branches, weights, state, control, edits, drafted)
+
+
+def draft_round(draft: Draft, weights: Weights, state: SlotState, control: Control) -> Drafted:
+    """A block of every sequence, and the chances of its drafts."""
     anchor, length = _enter(state, control)
     active = control.slot < len(state.anchor)
     keys = jax.random.wrap_key_data(control.key)
@@ -131,10 +179,25 @@ def serve_round(
             jnp.where(control.draft_temperature == 0, 0.0, control.temperature),
             control.pages,
         )
+    chance = jax.nn.sigmoid(control.slope * proposal.confidence + control.intercept)
+    cap = jnp.where(active, jnp.clip(control.cap, 0, draft.draft_length), 0)
+    return Drafted(anchor, length, active, keys, proposal, chance, cap)
+
+
+def verify_round(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    control: Control,
+    edits: Edits | None,
+    drafted: Drafted,
+    budget: int,
+) -> tuple[SlotState, Result]:
+    """The rest of a round: `budget` rows of its blocks verified, what is kept of them committed."""
+    anchor, length, active, keys, proposal, chance, cap = drafted
     with jax.named_scope("schedule"):
-        cap = jnp.where(active, jnp.clip(control.cap, 0, draft.draft_length), 0)
         allowed = jnp.maximum(budget - jnp.sum(active), 0)
-        chance = jax.nn.sigmoid(control.slope * proposal.confidence + control.intercept)
         verify_length = verify_lengths(chance, cap, allowed)
         places, position = pack(
             active, length, verify_length, (budget, draft.draft_length + 1), BEYOND

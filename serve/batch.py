@@ -138,6 +138,8 @@ class Batch:
         shape, caps = self._shape(chosen)
         control = self.programs.control(shape.group, shape.pages)
         control.slope[:], control.intercept[:] = self.rating.slope, self.rating.intercept
+        if self.programs.chooses(shape):
+            control = control._replace(seconds=self._curve(shape))
         edits = self.programs.edits(shape.group) if shape.edited else None
         for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
             self._alone(sequence, self._fill, control, edits, row, cap)
@@ -162,7 +164,24 @@ class Batch:
         pages = sizes.longest if edited else next(p for p in sizes.contexts if p >= held)
         costs = {b: self.seconds.get(Shape(group, b, pages, False), 0.0) for b in choice}
         budget = self.policy.budget(costs, [s.chance for s in chosen], caps)
-        return Shape(group, budget, pages, edited), caps
+        return self.programs.program(Shape(group, budget, pages, edited)), caps
+
+    def _curve(self, program: Shape) -> np.ndarray:
+        """What rounds of so many rows take: as measured, and in between on straight lines.
+
+        On the stairs that they are, the first row of a step would pay for all of it and never come.
+        """
+        budgets = self.programs.sizes.budgets(program.group)[1:]
+        took = [self.seconds[program._replace(budget=budget)] for budget in budgets]
+        rows = np.arange(1 + program.budget)
+        return np.interp(rows, budgets, np.maximum.accumulate(took)).astype(np.float32)
+
+    def _ran(self, program: Shape, rows: int) -> Shape:
+        """The shape of a round that verified so many rows, where its program chose."""
+        if not self.programs.chooses(program):
+            return program
+        budgets = self.programs.sizes.budgets(program.group)[1:]
+        return program._replace(budget=next(b for b in budgets if b >= rows))
 
     def _alone(self, sequence: Sequence, act: Callable[..., None], *given: Any) -> None:
         """Do what concerns one sequence; what goes wrong with it on the host ends it alone."""
@@ -232,23 +251,23 @@ class Batch:
         result = jax.device_get(round_.result)
         heard = time.monotonic()
         seconds = heard - max(round_.begun, self._heard)
-        group, budget = round_.shape[:2]
         served = slice(len(round_.sequences))
         verified, accepted = result.verified[served].sum(), result.accepted[served].sum()
         count = len(round_.sequences)
+        shape = self._ran(round_.shape, int(verified) + count)
         self.metrics.round(
             int(accepted) + count,
             int(verified) + count,
-            budget,
+            shape.budget,
             {"round": seconds},
         )
         self._heard = heard
-        if round_.shape in self.seconds and round_.undisturbed:
-            self.seconds[round_.shape] += LEARNING * (seconds - self.seconds[round_.shape])
+        if shape in self.seconds and round_.undisturbed:
+            self.seconds[shape] += LEARNING * (seconds - self.seconds[shape])
         for row, sequence in enumerate(round_.sequences):
             sequence.rounds -= 1
             if sequence.finish is None:
-                drafted = budget > group and round_.caps[row] > 0
+                drafted = shape.budget > shape.group and round_.caps[row] > 0
                 self._alone(sequence, self._hear, row, result, drafted)
 
     def _hear(self, sequence: Sequence, row: int, result: Result, drafted: bool) -> None:

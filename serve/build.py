@@ -92,15 +92,16 @@ def build(
 ) -> Built:
     """Compile everything and measure it, or find it in `kept`; `progress(done, total)` follows."""
     dtype = loaded.weights.frozen.embed.dtype
-    programs = Programs(loaded.target, loaded.draft, loaded.weights, sizes, dtype)
+    adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
+    stopping = adaptive and speculation.verification_schedule == "algorithm-1"
+    programs = Programs(loaded.target, loaded.draft, loaded.weights, sizes, dtype, stopping)
     programs.compile(progress)
     metrics = Metrics(name, sizes.verified)
     metrics.compiled(programs.count)
     metrics.cache_config({"block_size": sizes.page, "num_gpu_blocks": sizes.pages})
-    adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
     seconds, note = {}, "costs of rounds: not needed, whole blocks are verified"
     if adaptive:
-        facts = made_for(loaded, sizes, str(dtype))
+        facts = made_for(loaded, sizes, str(dtype), speculation.verification_schedule)
         measuring = partial(measure, programs)
         seconds, note = known(kept, facts, costed(programs), measuring, settings.profile_again)
     batch = Batch(

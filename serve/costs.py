@@ -21,8 +21,8 @@ from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.programs import Shape, Sizes
 
 
-def made_for(loaded: Loaded, sizes: Sizes, dtype: str) -> dict[str, Any]:
-    """Everything that costs depend on: models by their configs, devices, sizes, versions."""
+def made_for(loaded: Loaded, sizes: Sizes, dtype: str, schedule: str) -> dict[str, Any]:
+    """Everything that costs depend on: models by their configs, devices, programs, versions."""
     draft = loaded.draft_config
     target = json.dumps(loaded.files.described, sort_keys=True, default=str)
     arrays = jax.tree.leaves(loaded.weights)
@@ -34,6 +34,7 @@ def made_for(loaded: Loaded, sizes: Sizes, dtype: str) -> dict[str, Any]:
         "meshes": sorted({str(x.sharding.mesh.shape) for x in arrays if _spread(x)}),
         "cores": os.cpu_count(),
         "dtype": dtype,
+        "schedule": schedule,
         "sizes": _plain(asdict(sizes)),
         "versions": {"jax": jax.__version__, "dspark_jax": __version__},
     }

@@ -20,6 +20,7 @@ from dspark_jax.paged_loop import (
     prefill_pages,
     scrub,
     serve_round,
+    stopping_round,
 )
 from dspark_jax.truncation import Edits, Truncation
 from dspark_jax.types import Draft, Rows, Target
@@ -82,8 +83,17 @@ class Shape(NamedTuple):
 class Programs:
     """The compiled programs over one pair of models. `run` changes `state`, which it owns."""
 
-    def __init__(self, target: Target, draft: Draft, weights: Weights, sizes: Sizes, dtype: Any):
-        self.sizes, self.weights = sizes, weights
+    def __init__(
+        self,
+        target: Target,
+        draft: Draft,
+        weights: Weights,
+        sizes: Sizes,
+        dtype: Any,
+        stopping: bool = False,
+    ):
+        """With `stopping` the rounds that draft choose their own budgets, by Algorithm 1."""
+        self.sizes, self.weights, self.stopping = sizes, weights, stopping
         self._models = (target, draft)
         self._rounds: dict[Shape, Any] = {}
         self._chunks: dict[int, Any] = {}
@@ -98,9 +108,20 @@ class Programs:
         for group in sizes.groups:
             budgets = sizes.budgets(group)
             for pages in sizes.contexts:
-                yield from (Shape(group, budget, pages, False) for budget in budgets)
+                plain = (Shape(group, budget, pages, False) for budget in budgets)
+                yield from dict.fromkeys(map(self.program, plain))
             ends = {budgets[0], budgets[-1]}
             yield from (Shape(group, budget, sizes.longest, True) for budget in ends)
+
+    def program(self, shape: Shape) -> Shape:
+        """The program that runs rounds of this shape: a stopping one runs those of all budgets."""
+        if not self.stopping or shape.edited or shape.budget == shape.group:
+            return shape
+        return shape._replace(budget=self.sizes.budgets(shape.group)[-1])
+
+    def chooses(self, program: Shape) -> bool:
+        """Whether it wants to know what rounds take."""
+        return self.stopping and not program.edited and program.budget > program.group
 
     @property
     def count(self) -> int:
@@ -190,6 +211,10 @@ class Programs:
         given = (self.weights, self.state, control, edits)
         if shape.budget == shape.group:
             return self._lower(plain_round, *given)
+        if self.chooses(shape):
+            timed = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
+            budgets = self.sizes.budgets(shape.group)[1:]
+            return self._lower(partial(_stopping, budgets), self.weights, self.state, timed, edits)
         return self._lower(partial(_with_budget, shape.budget), *given)
 
     def _compile_chunk(self, chunk: int) -> Any:
@@ -210,6 +235,10 @@ class Programs:
         padded = np.zeros(self.sizes.longest, np.int32)
         padded[: len(pages)] = pages
         return padded
+
+
+def _stopping(budgets: tuple[int, ...], *given: Any) -> Any:
+    return stopping_round(*given, budgets=budgets)
 
 
 def _with_budget(budget: int, *given: Any) -> Any:

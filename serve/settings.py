@@ -19,7 +19,8 @@ class ServeSettings:
     """Folder or hub id; by default the one that the checkpoint was made for."""
     speculative_config: str | None = None
     """vLLM's JSON: method, model, num_speculative_tokens (0: plain decoding), draft_sample_method
-    (greedy or probabilistic), enable_adaptive_verification."""
+    (greedy or probabilistic), enable_adaptive_verification, verification_schedule (asynchronous or
+    algorithm-1)."""
     prompt: str | None = None
     """Answer this in the terminal instead of serving."""
     calibrate: bool = False
@@ -76,10 +77,14 @@ class Speculation:
     """None: as many as the draft was trained for."""
     draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
     enable_adaptive_verification: bool = True
+    verification_schedule: str = "asynchronous"
+    """asynchronous: how much is verified is settled by blocks drafted before (paper §5.2);
+    algorithm-1: by the very blocks, within the round (§3.2.2)."""
     method: str = "dspark"
 
 
 METHODS = ("dspark", "dflash")
+SCHEDULES = ("asynchronous", "algorithm-1")
 
 
 def read_speculation(text: str | None) -> Speculation:
@@ -110,6 +115,11 @@ def read_speculation(text: str | None) -> Speculation:
         raise ValueError(
             f"draft_sample_method {config.draft_sample_method!r} is neither greedy nor "
             "probabilistic."
+        )
+    if config.verification_schedule not in SCHEDULES:
+        raise ValueError(
+            f"verification_schedule {config.verification_schedule!r} is neither "
+            f"{' nor '.join(SCHEDULES)}."
         )
     count = config.num_speculative_tokens
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):

@@ -1,7 +1,5 @@
 """Temperatures repair confidences that are wrong, and leave those alone that are right."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -27,13 +25,13 @@ def test_the_temperatures_that_spoiled_confidences_are_found(temperatures: tuple
     found = calibrate.calibrate(drawn(temperatures))
     assert found.after.mean() < 0.35 * found.before.mean() and found.rounds == N
     assert np.all(found.after < 0.02)
-    np.testing.assert_allclose(found.temperatures[:2], temperatures[:2], rtol=0.2)
+    np.testing.assert_allclose(found.temperatures[:2], temperatures[:2], rtol=0.25)
 
 
 def test_confidences_that_come_true_stay_as_they_are():
     found = calibrate.calibrate(drawn((1.0,) * G))
     assert np.all(found.before < 0.015) and np.all(found.after <= found.before + 0.003)
-    np.testing.assert_allclose(found.temperatures, 1, rtol=0.15)
+    assert np.array_equal(found.temperatures, np.ones(G))
 
 
 def test_what_does_not_help_elsewhere_is_not_taken():
@@ -45,18 +43,19 @@ def test_what_does_not_help_elsewhere_is_not_taken():
         assert np.array_equal(c.before, c.after) if untouched else c.after.mean() < c.before.mean()
 
 
-def test_every_temperature_is_the_best_of_all_given_the_earlier_ones():
-    rounds = drawn((2.0, 0.7, 1.0, 1.0), 300)
+def test_every_temperature_is_the_mildest_of_those_as_good_as_the_best():
+    rounds = drawn((2.0, 0.6, 1.0, 1.0), 3000)
     found = calibrate.fit(rounds.confidence, rounds.accepted)
-    for k, t in itertools.product(range(G), calibrate.GRID):
-        errors = []
-        for tried in (found[k], t):
-            product = np.ones(300)
-            for i in range(k + 1):
-                z = rounds.confidence[:, i] / (tried if i == k else found[i])
-                product = product / (1 + np.exp(-z))
-            errors.append(by_loop(product, rounds.accepted > k))
-        assert errors[0] <= errors[1] + 1e-12
+    for k in range(G):
+        before = np.prod(1 / (1 + np.exp(-rounds.confidence[:, :k] / found[:k])), axis=1)
+        tried = []
+        for t in calibrate.GRID:
+            product = before / (1 + np.exp(-rounds.confidence[:, k] / t))
+            sure = np.sqrt(np.sum(product * (1 - product))) / 3000
+            tried.append((by_loop(product, rounds.accepted > k), sure, abs(np.log(t)), t))
+        best, sure, _, _ = min(tried)
+        as_good = [(far, t) for error, _, far, t in tried if error <= best + sure]
+        assert min(as_good)[0] == pytest.approx(abs(np.log(found[k])))
 
 
 def by_loop(predicted: np.ndarray, came_true: np.ndarray) -> float:

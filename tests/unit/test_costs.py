@@ -1,4 +1,4 @@
-"""Costs are measured once: found again whole and of the same programs, measured in every other case."""
+"""Costs are found again whole and of the same programs, and measured in every other case."""
 
 import json
 from pathlib import Path
