@@ -155,8 +155,15 @@ def stopping_round(
         wanted = worth_verifying(drafted.chance, drafted.cap, active, control.seconds)
         chosen = jnp.searchsorted(jnp.array(budgets), active + wanted)
 
-    def verify(budget: int, *given: Any) -> Any:
-        return verify_round(target, draft, *given, budget)
+    def verify(
+        budget: int,
+        weights: Weights,
+        state: SlotState,
+        control: Control,
+        edits: Edits | None,
+        drafted: Drafted,
+    ) -> tuple[SlotState, Result]:
+        return verify_round(target, draft, weights, state, control, edits, drafted, budget)
 
     branches = [partial(verify, budget) for budget in budgets]
     return jax.lax.switch(chosen, branches, weights, state, control, edits, drafted)

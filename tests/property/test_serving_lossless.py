@@ -5,6 +5,7 @@ budget, so that every sequence's verify length depends on all of them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -230,6 +231,15 @@ def test_a_scheduler_that_has_seen_the_token_is_noticed(budget: int, knowledge: 
 def test_with_room_for_everything_no_scheduler_has_a_choice():
     drawn, _ = serve(Asked(), told_weights(random_weights(), itself=BEFORE), ALL)
     assert p_value(drawn, exact(random_weights().target)) > FALSE_ALARM
+
+
+def test_first_tokens_are_the_targets_without_a_confidence_head():
+    """What drafts are judged by then is how likely their likeliest token was."""
+    config = replace(VANILLA, enable_confidence_head=False, confidence_head_with_markov=False)
+    weights = cached_weights(config, "random")
+    drawn, verified = serve(Asked(), told_weights(weights, head=True), TIGHT, config)
+    assert p_value(drawn, exact(weights.target)) > FALSE_ALARM
+    assert len(np.unique(verified)) > 2
 
 
 @pytest.mark.parametrize("head", [x for x in HEADS if x != "vanilla"])

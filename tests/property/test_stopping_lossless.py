@@ -91,7 +91,7 @@ def serve(
     """The first tokens of every sequence, and how many drafts every round verified."""
     keys = jax.random.split(jax.random.key(3), (SERVERS, N))
     tokens, count, verified = play(weights, keys, seconds)
-    emitted = (np.asarray(x).reshape(SERVERS * N, *x.shape[2:]) for x in (tokens, count))
+    emitted = (x.reshape(SERVERS * N, *x.shape[2:]) for x in (tokens, count))
     return first_tokens(*emitted), np.asarray(verified).sum(axis=1)
 
 

@@ -11,10 +11,16 @@ from dspark_jax.calibrate import Calibration
 GIVEN = Calibration(np.array([1.25, 0.5]), np.array([0.1, 0.2]), np.array([0.05, 0.1]), 100)
 
 
+def found(folder: Path) -> list[float]:
+    temperatures = calibration_file.read(folder, 2)
+    assert temperatures is not None
+    return temperatures.tolist()
+
+
 def test_what_is_written_is_read(tmp_path: Path):
     assert calibration_file.read(tmp_path, 2) is None
     assert calibration_file.write(tmp_path, GIVEN) == tmp_path / "calibration.json"
-    assert np.array_equal(calibration_file.read(tmp_path, 2), GIVEN.temperatures)
+    assert found(tmp_path) == GIVEN.temperatures.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
 
 
@@ -42,5 +48,5 @@ def test_a_draft_that_is_copied_takes_its_temperatures_along(tmp_path: Path):
     calibration_file.write(tmp_path / "from", GIVEN)
     calibration_file.carry(tmp_path / "from", tmp_path / "to", 2)
     calibration_file.carry(tmp_path / "bare", tmp_path / "bare", 2)
-    assert np.array_equal(calibration_file.read(tmp_path / "to", 2), GIVEN.temperatures)
+    assert found(tmp_path / "to") == GIVEN.temperatures.tolist()
     assert not list((tmp_path / "bare").iterdir())

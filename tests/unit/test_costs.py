@@ -1,6 +1,7 @@
 """Costs are found again whole and of the same programs, and measured in every other case."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ class Clock:
         return dict(SECONDS)
 
 
-def known(folder: Path, clock: Clock, facts: dict[str, object] = FACTS, again: bool = False) -> str:
+def known(
+    folder: Path, clock: Clock, facts: Mapping[str, object] = FACTS, again: bool = False
+) -> str:
     found, note = costs.known(folder, facts, list(SECONDS), clock, again)
     assert found == SECONDS
     return note
