@@ -57,7 +57,7 @@ def read(folder: Path, draft_length: int) -> Float[np.ndarray, "G"] | None:
     if found.shape != (draft_length,) or not np.all(np.isfinite(found) & (found > 0)):
         raise ValueError(
             f"{path} does not give {draft_length} positive temperatures, one for every drafted "
-            "position; delete it, or make it again with `python -m dspark_jax.serve --calibrate`."
+            "position; delete it, and fit them anew with `python -m dspark_jax.serve --calibrate`."
         )
     return found
 

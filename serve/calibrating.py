@@ -20,6 +20,7 @@ from dspark_jax.calibrate import Calibration, Rounds, calibrate
 from dspark_jax.serve.build import Built
 from dspark_jax.serve.messages import Delta, SamplingParams, Work
 from dspark_jax.serve.models import Loaded, Named
+from dspark_jax.serve.programs import Sizes
 from dspark_jax.serve.questions import Prompts, find_prompts
 from dspark_jax.serve.settings import ServeSettings, Speculation
 
@@ -81,25 +82,14 @@ def check_draft(settings: ServeSettings, named: Named) -> Path:
     return folder
 
 
-def check_head(folder: Path, loaded: Loaded) -> None:
-    """Raise ValueError when a draft has no confidences."""
+def prompts_of(settings: ServeSettings, folder: Path, loaded: Loaded, sizes: Sizes) -> Prompts:
+    """What will be asked; ValueError when there is too little, or nothing to calibrate."""
     if loaded.draft_config is None or not loaded.draft_config.enable_confidence_head:
         raise ValueError(
             f"draft {folder} has no confidence head to calibrate; the server learns what its "
             "drafts are worth while it serves, so start it without --calibrate."
         )
-
-
-def run_calibration(
-    settings: ServeSettings,
-    folder: Path,
-    built: Built,
-    loaded: Loaded,
-    console: Console,
-    progress: Callable[[int, int], None],
-) -> int:
-    """Answer, fit, write and say what was found; 1 when an answer failed."""
-    room = built.sizes.longest * built.sizes.page - 1
+    room = sizes.longest * sizes.page - 1
     given = find_prompts(settings.data, folder, loaded.files.tokenizer)
     prompts = [prompt for prompt in given if 0 < len(prompt) <= room][:MOST_PROMPTS]
     if len(prompts) < 2:
@@ -107,7 +97,19 @@ def run_calibration(
             f"{len(prompts)} of {len(given)} prompts have at most {room} tokens, and a fit is "
             "tried on two at least; give more with --data, or a larger --max-model-len."
         )
-    recorder = Recorder(loaded.draft.draft_length)
+    return prompts
+
+
+def run_calibration(
+    settings: ServeSettings,
+    folder: Path,
+    built: Built,
+    prompts: Prompts,
+    console: Console,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Answer, fit, write and say what was found; 1 when an answer failed."""
+    recorder = Recorder(built.sizes.verified)
     built.engine.batch.rating = recorder
     done, total = count(1), len(TEMPERATURES) * len(prompts)
     built.engine.start()

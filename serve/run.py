@@ -19,11 +19,12 @@ from rich.progress import (
 )
 
 from dspark_jax.serve.build import Built, build, choose_sizes, plan, told
-from dspark_jax.serve.calibrating import check_draft, check_head, prepared, run_calibration
+from dspark_jax.serve.calibrating import check_draft, prepared, prompts_of, run_calibration
 from dspark_jax.serve.http.app import make_app
 from dspark_jax.serve.http.listen import bind, listen
 from dspark_jax.serve.http.settings import HttpSettings, ServedModel, read_keys
 from dspark_jax.serve.models import Loaded, Named, find, load
+from dspark_jax.serve.questions import Prompts
 from dspark_jax.serve.settings import ServeSettings, Speculation
 from dspark_jax.serve.terminal import answer
 
@@ -50,9 +51,8 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
         loaded = load(named, dtype, partial(_show, progress, reading))
-    if calibrated is not None:
-        check_head(calibrated, loaded)
     sizes = choose_sizes(settings, speculation, loaded)
+    asked = None if calibrated is None else prompts_of(settings, calibrated, loaded, sizes)
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
     console.print(
@@ -67,8 +67,8 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     console.print(built.note, style="dim", soft_wrap=True)
     for line in told(built.seconds, sizes.page):
         console.print(line, style="dim", soft_wrap=True)
-    if calibrated is not None:
-        return calibrate_draft(settings, calibrated, built, loaded, console)
+    if calibrated is not None and asked is not None:
+        return calibrate_draft(settings, calibrated, built, asked, console)
     built.engine.start()
     try:
         if listening is None:
@@ -86,13 +86,13 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
 
 
 def calibrate_draft(
-    settings: ServeSettings, folder: Path, built: Built, loaded: Loaded, console: Console
+    settings: ServeSettings, folder: Path, built: Built, asked: Prompts, console: Console
 ) -> int:
     """`--calibrate`, under a bar; the exit code."""
     with bar(console, MofNCompleteColumn()) as progress:
         answering = progress.add_task("answering prompts")
         show = partial(_show, progress, answering)
-        return run_calibration(settings, folder, built, loaded, console, show)
+        return run_calibration(settings, folder, built, asked, console, show)
 
 
 def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> ServedModel:
