@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax import calibration_file
 from dspark_jax.convert.card import card
 from dspark_jax.convert.engines import ENGINES, obstacles
 from dspark_jax.convert.files import appearing, check_free, write_json, write_tensors
@@ -63,6 +64,7 @@ def export_draft(given: Export) -> str:
         write_json(folder / RUN_CONFIG, record.settings or imported_from(opened))
         (folder / CARD).write_text(card(given, said, record, trained, extras))
         write_tensors(folder, [*trained, *extras])
+        calibration_file.carry(opened.folder, folder, config.draft_length)
     return f"exported {given.checkpoint} to {given.output} ({given.format}).{note}"
 
 

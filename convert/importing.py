@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from flax import nnx
 
+from dspark_jax import calibration_file
 from dspark_jax.config import DraftConfig
 from dspark_jax.convert.files import appearing, check_free, write_json, write_tensors
 from dspark_jax.convert.settings import Import
@@ -45,6 +46,8 @@ def import_draft(given: Import) -> str:
         write_json(folder / "config.json", write(speculators.TABLE, said))
         write_json(folder / IMPORTED, record)
         write_tensors(folder, tensors)
+        if not heads:  # those drawn afresh say something else
+            calibration_file.carry(opened.folder, folder, config.draft_length)
     drawn = f"; drawn afresh: {', '.join(heads)}" if heads else ""
     notes = "".join(f"\n{note}." for note in reading.notes)
     command = ["python", "-m", "dspark_jax.train", "--warm-start", str(given.output)]

@@ -24,6 +24,8 @@ from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import members
 from dspark_jax.types import DraftCache, Frozen, Proposal, Rows
 
+MOST_ODDS = 40.0
+
 
 class LayerWeights(NamedTuple):
     """One layer; `into` gives [queries | keys | values], `mlp_into` [gate | up]."""
@@ -232,13 +234,21 @@ def draft_block(
     slots = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (predicting, logits, noise))
     _, drafted = jax.lax.scan(position, (state, anchor), slots)
     tokens, logits, embedding = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
-    return Proposal(tokens, logits, confidences(decoder, predicting, embedding))
+    if decoder.confidence_head is not None:
+        return Proposal(tokens, logits, decoder.confidence_head(predicting, embedding))
+    return Proposal(tokens, logits, likeliest(logits, temperature))
 
 
-def confidences(
-    decoder: DraftDecoder, hidden: Float[Array, "B G D"], embedding: Float[Array, "B G r"] | None
+def likeliest(
+    logits: Float[Array, "B G Vd"], temperature: Float[Array, "B"]
 ) -> Float[Array, "B G"]:
-    """Predicted acceptance probability per slot; 1 everywhere when the draft has no such head."""
-    if decoder.confidence_head is None:
-        return jnp.ones(hidden.shape[:2])
-    return jax.nn.sigmoid(decoder.confidence_head(hidden, embedding))
+    """Log-odds of the likeliest token, within ±40, at the temperature that is drawn at.
+
+    What a draft without a confidence head is judged by. It is the same whichever token is drawn
+    (feature of vLLM's `acceptance_estimator.py`).
+    """
+    logits = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None, None]
+    first = jnp.argmax(logits, axis=-1, keepdims=True)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == first, -jnp.inf, logits)
+    odds = jnp.max(logits, axis=-1) - jax.nn.logsumexp(others, axis=-1)
+    return jnp.clip(odds, -MOST_ODDS, MOST_ODDS)

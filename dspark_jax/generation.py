@@ -3,6 +3,7 @@
 The host is needed only when every sequence is done.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,31 @@ from dspark_jax.types import DecodeState, Draft, Rows, Target
 class Generation(NamedTuple):
     """Answers (the first `length` tokens of a row; the end token is included) and what they took.
 
-    `survived[b, i]` counts the rounds in which draft i was accepted.
+    `survived[b, i]` counts the rounds in which draft i was accepted. `confidence` and `accepted`
+    are of the first `rounds` rounds, one by one: what the draft said of its block, and how much of
+    it was kept.
     """
 
     tokens: Int[Array, "B M"]
     length: Int[Array, "B"]
     rounds: Int[Array, "B"]
     survived: Int[Array, "B G"]
+    confidence: Float[Array, "B M G"]
+    accepted: Int[Array, "B M"]
+
+
+def nothing(batch: int, limit: int, width: int) -> Generation:
+    """Before the first round of answers of up to `limit` tokens, `width` drafts a round."""
+    zeros = partial(jnp.zeros, dtype=jnp.int32)
+    rounds = limit if width else 0
+    return Generation(
+        tokens=zeros((batch, limit)),
+        length=zeros(batch),
+        rounds=zeros(batch),
+        survived=zeros((batch, width)),
+        confidence=jnp.zeros((batch, rounds, width)),
+        accepted=zeros((batch, rounds)),
+    )
 
 
 def generate(
@@ -37,12 +56,7 @@ def generate(
 ) -> tuple[DecodeState, Generation]:
     """Decode until every sequence has met an end token or `max_tokens` (at most `limit`)."""
     batch, width = state.anchor.shape[0], draft.draft_length
-    done = Generation(
-        tokens=jnp.zeros((batch, limit), jnp.int32),
-        length=jnp.zeros(batch, jnp.int32),
-        rounds=jnp.zeros(batch, jnp.int32),
-        survived=jnp.zeros((batch, width), jnp.int32),
-    )
+    done = nothing(batch, limit, width)
 
     def unfinished(carry: Any) -> Bool[Array, ""]:
         return jnp.any(carry[0].active)
@@ -52,7 +66,7 @@ def generate(
         was_active = state.active
         state, emitted = decode_step(target, draft, weights, state, request)
         before = done.length
-        done = append(done, emitted, end, request.max_tokens)
+        done = append(record(done, emitted, was_active), emitted, end, request.max_tokens)
         # Drafts cut off by the end of the answer were accepted for nothing: they do not count.
         accepted = jnp.minimum(emitted.length - 1, done.length - before)
         survived = (jnp.arange(width) < accepted[:, None]) & was_active[:, None]
@@ -97,12 +111,7 @@ def plain_generate(
 ) -> tuple[DecodeState, Generation]:
     """Plain decoding: one token per target pass, no draft anywhere in the program."""
     batch = state.anchor.shape[0]
-    done = Generation(
-        tokens=jnp.zeros((batch, limit), jnp.int32),
-        length=jnp.zeros(batch, jnp.int32),
-        rounds=jnp.zeros(batch, jnp.int32),
-        survived=jnp.zeros((batch, 0), jnp.int32),
-    )
+    done = nothing(batch, limit, 0)
 
     def unfinished(carry: Any) -> Bool[Array, ""]:
         return jnp.any(carry[0].active)
@@ -114,7 +123,7 @@ def plain_generate(
         cache, states = target.extend(prepared, state.target_cache, rows)
         logits = target.logits(prepared, states.final_hidden)[:, 0]
         token = sample(logits, request.temperature, state.keys, state.length)
-        emitted = Emitted(token[:, None], state.active.astype(jnp.int32))
+        emitted = Emitted(token[:, None], state.active.astype(jnp.int32), jnp.zeros((batch, 0)))
         state = state._replace(anchor=token, length=state.length + state.active, target_cache=cache)
         rounds = done.rounds + state.active
         done = append(done, emitted, end, request.max_tokens)._replace(rounds=rounds)
@@ -140,6 +149,16 @@ def sample(
     best = largest(logits)
     drawn = jax.lax.cond(jnp.all(temperature == 0), lambda: best, by_chance)
     return jnp.where(temperature == 0, best, drawn).astype(jnp.int32)
+
+
+def record(done: Generation, emitted: Emitted, active: Bool[Array, "B"]) -> Generation:
+    """Note what the drafts of a round said and what became of them."""
+    row = jnp.arange(len(active))
+    place = jnp.where(active, done.rounds, done.accepted.shape[1])
+    return done._replace(
+        confidence=done.confidence.at[row, place].set(emitted.confidence, mode="drop"),
+        accepted=done.accepted.at[row, place].set(emitted.length - 1, mode="drop"),
+    )
 
 
 def append(

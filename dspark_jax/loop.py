@@ -45,10 +45,14 @@ class Request(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """A round's new tokens: the first `length` of every row are real."""
+    """A round's new tokens: the first `length` of every row are real.
+
+    `confidence` is what the draft said of them, before the sigmoid.
+    """
 
     tokens: Int[Array, "B S"]
     length: Int[Array, "B"]
+    confidence: Float[Array, "B G"]
 
 
 def init_state(
@@ -159,7 +163,8 @@ def emit(state: DecodeState, proposal: Proposal, verdict: Verdict) -> Emitted:
     slot = jnp.arange(proposal.tokens.shape[1] + 1)
     drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     tokens = jnp.where(slot == verdict.accepted[:, None], verdict.bonus[:, None], drafts)
-    return Emitted(tokens, jnp.where(state.active, verdict.accepted + 1, 0))
+    length = jnp.where(state.active, verdict.accepted + 1, 0)
+    return Emitted(tokens, length, proposal.confidence)
 
 
 def cache_capacity(cache: Any) -> int:

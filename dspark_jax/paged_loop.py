@@ -4,18 +4,19 @@ As `loop.decode_step`, with what a server needs beside it: every round serves an
 drafts to verify are chosen by confidence within a budget, and requests differ in how they draw.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from dspark_jax.acceptance import accept
 from dspark_jax.cache import to_blocks
 from dspark_jax.generation import sample
 from dspark_jax.loop import DRAFT_SALT, VERIFY_SALT, Weights
 from dspark_jax.sampling import salted
-from dspark_jax.schedule import pack, verify_lengths
+from dspark_jax.schedule import pack, verify_lengths, worth_verifying
 from dspark_jax.truncation import Edits, Truncation, edit, truncate
 from dspark_jax.types import Draft, Places, Proposal, Rows, Target, Verdict
 
@@ -40,7 +41,8 @@ class Control(NamedTuple):
 
     A `slot` beyond the last is nobody. A `fresh` sequence begins with `anchor` after `length` rows
     that its pages hold. `cap` bounds the drafts verified. `draft_temperature` 0 drafts greedily,
-    any other drafts at `temperature`, by which the drafts are judged.
+    any other drafts at `temperature`, by which the drafts are judged. A draft's chance to be
+    accepted is taken to be `sigmoid(slope * confidence + intercept)`, slot by slot.
     """
 
     slot: Int[Array, "N"]
@@ -52,7 +54,11 @@ class Control(NamedTuple):
     key: UInt32[Array, "N 2"]
     temperature: Float[Array, "N"]
     draft_temperature: Float[Array, "N"]
+    slope: Float[Array, "N G"]
+    intercept: Float[Array, "N G"]
     truncation: Truncation
+    seconds: Float[Array, "rows"] | None = None
+    """What rounds of so many verified rows take, where the program chooses among them."""
 
 
 class Logprobs(NamedTuple):
@@ -67,14 +73,15 @@ class Logprobs(NamedTuple):
 class Result(NamedTuple):
     """A round's tokens: `accepted` drafts of `verified`, then the bonus; nothing else is real.
 
-    `confidence` is of every slot, verified or not. `finite` is False where the target's logits were
-    not numbers: the tokens mean nothing then.
+    `confidence` is the proposal's and `chance` what it was taken for, of every slot, verified or
+    not. `finite` is False where the target's logits were not numbers: the tokens mean nothing then.
     """
 
     tokens: Int[Array, "N S"]
     accepted: Int[Array, "N"]
     verified: Int[Array, "N"]
     confidence: Float[Array, "N G"]
+    chance: Float[Array, "N G"]
     finite: Bool[Array, "N"]
     logprobs: Logprobs | None
 
@@ -98,6 +105,18 @@ def prefill_pages(
     return state._replace(target_cache=cache, draft_cache=draft_cache)
 
 
+class Drafted(NamedTuple):
+    """A round's blocks, before it is known how much of them is verified."""
+
+    anchor: Int[Array, "N"]
+    length: Int[Array, "N"]
+    active: Bool[Array, "N"]
+    keys: Key[Array, "N"]
+    proposal: Proposal
+    chance: Float[Array, "N G"]
+    cap: Int[Array, "N"]
+
+
 def serve_round(
     target: Target,
     draft: Draft,
@@ -112,6 +131,46 @@ def serve_round(
     With `edits`, which hold for the first row of a sequence (their `cap` must be 0), the tokens'
     log-probabilities are reported too.
     """
+    drafted = draft_round(draft, weights, state, control)
+    return verify_round(target, draft, weights, state, control, edits, drafted, budget)
+
+
+def stopping_round(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    control: Control,
+    edits: Edits | None,
+    budgets: tuple[int, ...],
+) -> tuple[SlotState, Result]:
+    """As `serve_round`, with as many verified rows as Algorithm 1 chooses for these very blocks.
+
+    Rounded up to the next of `budgets`, which ascend: each has its own shapes.
+    """
+    assert control.seconds is not None
+    drafted = draft_round(draft, weights, state, control)
+    with jax.named_scope("schedule"):
+        active = jnp.sum(drafted.active, dtype=jnp.int32)
+        wanted = worth_verifying(drafted.chance, drafted.cap, active, control.seconds)
+        chosen = jnp.searchsorted(jnp.array(budgets), active + wanted)
+
+    def verify(
+        budget: int,
+        weights: Weights,
+        state: SlotState,
+        control: Control,
+        edits: Edits | None,
+        drafted: Drafted,
+    ) -> tuple[SlotState, Result]:
+        return verify_round(target, draft, weights, state, control, edits, drafted, budget)
+
+    branches = [partial(verify, budget) for budget in budgets]
+    return jax.lax.switch(chosen, branches, weights, state, control, edits, drafted)
+
+
+def draft_round(draft: Draft, weights: Weights, state: SlotState, control: Control) -> Drafted:
+    """A block of every sequence, and the chances of its drafts."""
     anchor, length = _enter(state, control)
     active = control.slot < len(state.anchor)
     keys = jax.random.wrap_key_data(control.key)
@@ -127,10 +186,26 @@ def serve_round(
             jnp.where(control.draft_temperature == 0, 0.0, control.temperature),
             control.pages,
         )
+    chance = jax.nn.sigmoid(control.slope * proposal.confidence + control.intercept)
+    cap = jnp.where(active, jnp.clip(control.cap, 0, draft.draft_length), 0)
+    return Drafted(anchor, length, active, keys, proposal, chance, cap)
+
+
+def verify_round(
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    control: Control,
+    edits: Edits | None,
+    drafted: Drafted,
+    budget: int,
+) -> tuple[SlotState, Result]:
+    """The rest of a round: `budget` rows of its blocks verified, what is kept of them committed."""
+    anchor, length, active, keys, proposal, chance, cap = drafted
     with jax.named_scope("schedule"):
-        cap = jnp.where(active, jnp.clip(control.cap, 0, draft.draft_length), 0)
         allowed = jnp.maximum(budget - jnp.sum(active), 0)
-        verify_length = verify_lengths(proposal.confidence, cap, allowed)
+        verify_length = verify_lengths(chance, cap, allowed)
         places, position = pack(
             active, length, verify_length, (budget, draft.draft_length + 1), BEYOND
         )
@@ -163,8 +238,8 @@ def serve_round(
     drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     tokens = jnp.where(slot == verdict.accepted[:, None], verdict.bonus[:, None], drafts)
     told = None if edits is None else _logprobs(logits, tokens)
-    result = (tokens, verdict.accepted, verify_length, proposal.confidence, finite, told)
-    return state, Result(*result)
+    said = (proposal.confidence, chance)
+    return state, Result(tokens, verdict.accepted, verify_length, *said, finite, told)
 
 
 def plain_round(
@@ -199,8 +274,9 @@ def plain_round(
         draft_cache,
     )
     none, tokens = jnp.zeros_like(token), token[:, None]
+    unsaid = jnp.zeros((len(token), 0))
     told = None if edits is None else _logprobs(logits, tokens)
-    return state, Result(tokens, none, none, jnp.zeros((len(token), 0)), finite, told)
+    return state, Result(tokens, none, none, unsaid, unsaid, finite, told)
 
 
 def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "Vd"]) -> Proposal:

@@ -11,25 +11,54 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.types import Places
 
+NEVER = -1.0
+"""In place of the survival of a draft that may not be verified."""
+
 
 def verify_lengths(
-    confidence: Float[Array, "N G"], cap: Int[Array, "N"], budget: Int[Array, ""]
+    chance: Float[Array, "N G"], cap: Int[Array, "N"], budget: Int[Array, ""]
 ) -> Int[Array, "N"]:
     """How many drafts of every sequence are verified: the `budget` likeliest to survive.
 
-    `cap` bounds each sequence's. Of equal survivals the earlier slot comes first, then the earlier
-    sequence, so that what is admitted is always the beginning of a block.
+    `chance` is that a slot's draft is accepted if those before it are. `cap` bounds each
+    sequence's. Of equal survivals the earlier slot comes first, then the earlier sequence, so that
+    what is admitted is always the beginning of a block.
     """
-    slot = jnp.arange(confidence.shape[1])
-    eligible = slot < cap[:, None]
-    # The minimum holds where a backend multiplies in another order and rounds upwards.
-    survival = jax.lax.cummin(jnp.cumprod(confidence, axis=1), axis=1)
-    survival = jnp.where(eligible, survival, -1.0)
+    survival = survivals(chance, cap)
     row, place = jnp.indices(survival.shape)
     best_first = jnp.lexsort((row.ravel(), place.ravel(), -survival.ravel()))
     rank = jnp.zeros_like(best_first).at[best_first].set(jnp.arange(best_first.size))
-    admitted = (rank.reshape(survival.shape) < budget) & eligible
+    admitted = (rank.reshape(survival.shape) < budget) & (survival != NEVER)
     return jnp.sum(admitted, axis=1, dtype=jnp.int32)
+
+
+def survivals(chance: Float[Array, "N G"], cap: Int[Array, "N"]) -> Float[Array, "N G"]:
+    """The products of chances along a block, never rising; NEVER from `cap` on."""
+    # The minimum holds where a backend multiplies in another order and rounds upwards.
+    survival = jax.lax.cummin(jnp.cumprod(chance, axis=1), axis=1)
+    return jnp.where(jnp.arange(chance.shape[1]) < cap[:, None], survival, NEVER)
+
+
+def worth_verifying(
+    chance: Float[Array, "N G"],
+    cap: Int[Array, "N"],
+    active: Int[Array, ""],
+    seconds: Float[Array, "rows"],
+) -> Int[Array, ""]:
+    """How many drafts a round of `active` sequences verifies by Algorithm 1 (paper §3.2.2).
+
+    The likeliest to survive is taken next as long as that promises more tokens per second, where a
+    round of n verified rows takes `seconds[n]`. It stops at the first that does not: looking past
+    it would let a draft in for the sake of later ones of its block, which have seen it (appendix
+    A). For the same reason it is no harm to take more in the same order, up to any number that is
+    rounded up to from this one alone: whether a draft is among them is settled by those before it.
+    """
+    survival = -jnp.sort(-survivals(chance, cap).ravel())
+    gains = jnp.concatenate([jnp.zeros(1), jnp.where(survival == NEVER, 0.0, survival)])
+    rows = jnp.minimum(active + jnp.arange(gains.size), len(seconds) - 1)
+    rate = (active + jnp.cumsum(gains)) / seconds[rows]
+    better = (rate[1:] > rate[:-1]) & (survival != NEVER)
+    return jnp.sum(jnp.cumprod(better), dtype=jnp.int32)
 
 
 def pack(

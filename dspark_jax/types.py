@@ -103,7 +103,11 @@ class DraftCache(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """One drafted block. `tokens` are target ids; `logits` are over the draft vocabulary."""
+    """One drafted block. `tokens` are target ids; `logits` are over the draft vocabulary.
+
+    `confidence` is before the sigmoid, as the head gives it. A draft without that head gives the
+    log-odds of the likeliest token of the distribution that a slot's was drawn from.
+    """
 
     tokens: Int[Array, "B G"]
     logits: Float[Array, "B G Vd"]

@@ -16,6 +16,7 @@ from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Shape, Steps
+from dspark_jax.serve.rating import Rating
 from dspark_jax.serve.sequence import Sequence
 from dspark_jax.truncation import Edits
 
@@ -51,12 +52,12 @@ class Batch:
         ends: frozenset[int],
         metrics: Metrics,
         seconds: dict[Shape, float],
+        rating: Rating,
         draft_greedily: bool = False,
-        confident: bool = True,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
         self.ends, self.draft_greedily = ends, draft_greedily
-        self.metrics, self.seconds, self.confident = metrics, seconds, confident
+        self.metrics, self.seconds, self.rating = metrics, seconds, rating
         self._heard, self._undisturbed = 0.0, True
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -136,6 +137,9 @@ class Batch:
             return False
         shape, caps = self._shape(chosen)
         control = self.programs.control(shape.group, shape.pages)
+        control.slope[:], control.intercept[:] = self.rating.slope, self.rating.intercept
+        if self.programs.chooses(shape):
+            control = control._replace(seconds=self._curve(shape))
         edits = self.programs.edits(shape.group) if shape.edited else None
         for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
             self._alone(sequence, self._fill, control, edits, row, cap)
@@ -159,8 +163,25 @@ class Batch:
         held = max(len(s.pages) for s in chosen)
         pages = sizes.longest if edited else next(p for p in sizes.contexts if p >= held)
         costs = {b: self.seconds.get(Shape(group, b, pages, False), 0.0) for b in choice}
-        budget = self.policy.budget(costs, [s.confidence for s in chosen], caps)
-        return Shape(group, budget, pages, edited), caps
+        budget = self.policy.budget(costs, [s.chance for s in chosen], caps)
+        return self.programs.program(Shape(group, budget, pages, edited)), caps
+
+    def _curve(self, program: Shape) -> np.ndarray:
+        """What rounds of so many rows take: as measured, and in between on straight lines.
+
+        On the stairs that they are, the first row of a step would pay for all of it and never come.
+        """
+        budgets = self.programs.sizes.budgets(program.group)[1:]
+        took = [self.seconds[program._replace(budget=budget)] for budget in budgets]
+        rows = np.arange(1 + program.budget)
+        return np.interp(rows, budgets, np.maximum.accumulate(took)).astype(np.float32)
+
+    def _ran(self, program: Shape, rows: int) -> Shape:
+        """The shape of a round that verified so many rows, where its program chose."""
+        if not self.programs.chooses(program):
+            return program
+        budgets = self.programs.sizes.budgets(program.group)[1:]
+        return program._replace(budget=next(b for b in budgets if b >= rows))
 
     def _alone(self, sequence: Sequence, act: Callable[..., None], *given: Any) -> None:
         """Do what concerns one sequence; what goes wrong with it on the host ends it alone."""
@@ -230,23 +251,23 @@ class Batch:
         result = jax.device_get(round_.result)
         heard = time.monotonic()
         seconds = heard - max(round_.begun, self._heard)
-        group, budget = round_.shape[:2]
         served = slice(len(round_.sequences))
         verified, accepted = result.verified[served].sum(), result.accepted[served].sum()
         count = len(round_.sequences)
+        shape = self._ran(round_.shape, int(verified) + count)
         self.metrics.round(
             int(accepted) + count,
             int(verified) + count,
-            budget,
+            shape.budget,
             {"round": seconds},
         )
         self._heard = heard
-        if round_.shape in self.seconds and round_.undisturbed:
-            self.seconds[round_.shape] += LEARNING * (seconds - self.seconds[round_.shape])
+        if shape in self.seconds and round_.undisturbed:
+            self.seconds[shape] += LEARNING * (seconds - self.seconds[shape])
         for row, sequence in enumerate(round_.sequences):
             sequence.rounds -= 1
             if sequence.finish is None:
-                drafted = budget > group and round_.caps[row] > 0
+                drafted = shape.budget > shape.group and round_.caps[row] > 0
                 self._alone(sequence, self._hear, row, result, drafted)
 
     def _hear(self, sequence: Sequence, row: int, result: Result, drafted: bool) -> None:
@@ -259,11 +280,11 @@ class Batch:
         taken, stop = sequence.take(tokens, self.ends)
         sequence.rows = len(sequence.tokens) - 1
         if drafted:
-            confidence = result.confidence[row].tolist()
-            sequence.confidence = confidence if self.confident else ()
-            self.policy.observe(accepted, verified, sequence.confidence)
+            sequence.chance = result.chance[row].tolist()
+            self.rating.learn(result.confidence[row], accepted, verified)
+            self.policy.observe(accepted, verified, sequence.chance)
             hits = [float(j < accepted) for j in range(min(verified, accepted + 1))]
-            self.metrics.calibrated(confidence[: len(hits)], hits)
+            self.metrics.calibrated(sequence.chance[: len(hits)], hits)
         error = _advance(sequence, [t for t in taken if t not in self.ends])
         if error is not None:
             sequence.finish = "error"

@@ -1,12 +1,16 @@
 """The engine of given models and settings: sizes chosen, memory counted, programs compiled."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dspark_jax.paged_loop import init_slots
 from dspark_jax.serve.batch import Batch
+from dspark_jax.serve.costs import known, made_for
 from dspark_jax.serve.engine import QueueLimits, ThreadedEngine
 from dspark_jax.serve.grammar import Grammars
 from dspark_jax.serve.layout import device_bytes, shardings_of, state_shardings
@@ -14,8 +18,9 @@ from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
-from dspark_jax.serve.profile import measure
+from dspark_jax.serve.profile import costed, measure
 from dspark_jax.serve.programs import Programs, Shape, Sizes, Steps
+from dspark_jax.serve.rating import Estimator, Head, Rating
 from dspark_jax.serve.settings import LENGTH_LIMIT, ServeSettings, Speculation
 
 CHUNKS = (32, 128, 512)
@@ -29,6 +34,8 @@ class Built(NamedTuple):
     sizes: Sizes
     metrics: Metrics
     seconds: Mapping[Shape, float]
+    note: str
+    """Where the seconds come from."""
 
 
 def choose_sizes(settings: ServeSettings, speculation: Speculation, loaded: Loaded) -> Sizes:
@@ -74,11 +81,19 @@ def plan(loaded: Loaded, sizes: Sizes) -> dict[str, int]:
     }
 
 
-def compiled(loaded: Loaded, sizes: Sizes, progress: Callable[[int, int], None]) -> Programs:
+def adapts(speculation: Speculation, sizes: Sizes) -> bool:
+    """Whether there are drafts, and how many are verified is chosen round by round."""
+    return speculation.enable_adaptive_verification and sizes.verified > 0
+
+
+def compiled(
+    loaded: Loaded, sizes: Sizes, speculation: Speculation, progress: Callable[[int, int], None]
+) -> Programs:
     """Compile everything; `progress(done, total)` follows the programs."""
+    stopping = speculation.verification_schedule == "algorithm-1" and adapts(speculation, sizes)
     dtype = loaded.weights.frozen.embed.dtype
-    given = (loaded.target, loaded.draft, loaded.weights, sizes, dtype, loaded.mesh)
-    programs = Programs(*given)
+    models = (loaded.target, loaded.draft, loaded.weights)
+    programs = Programs(*models, sizes, dtype, loaded.mesh, stopping)
     programs.compile(progress)
     return programs
 
@@ -90,14 +105,19 @@ def build(
     programs: Steps,
     count: int,
     name: str,
+    kept: Path,
 ) -> Built:
-    """Measure `count` compiled programs and make the engine that runs them."""
-    sizes = programs.sizes
+    """Measure `count` compiled programs, or find in `kept` what they took, and make the engine."""
+    sizes, adaptive = programs.sizes, adapts(speculation, programs.sizes)
     metrics = Metrics(name, sizes.verified)
     metrics.compiled(count)
     metrics.cache_config({"block_size": sizes.page, "num_gpu_blocks": sizes.pages})
-    adaptive = speculation.enable_adaptive_verification and sizes.verified > 0
-    seconds = measure(programs) if adaptive else {}
+    seconds, note = {}, "costs of rounds: not needed, whole blocks are verified"
+    if adaptive:
+        dtype = loaded.weights.frozen.embed.dtype
+        facts = made_for(loaded, sizes, str(dtype), speculation.verification_schedule)
+        measuring = partial(measure, programs)
+        seconds, note = known(kept, facts, costed(programs), measuring, settings.profile_again)
     batch = Batch(
         programs,
         Pages(sizes.pages, sizes.page, settings.enable_prefix_caching),
@@ -105,13 +125,22 @@ def build(
         frozenset(loaded.files.ends),
         metrics,
         seconds,
+        rating(loaded),
         draft_greedily=speculation.draft_sample_method == "greedy",
-        confident=loaded.draft_config is None or loaded.draft_config.enable_confidence_head,
     )
     limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
     grammars = Grammars(loaded.files.tokenizer, sizes.vocabulary, loaded.files.ends)
     count_compilations(metrics)
-    return Built(ThreadedEngine(batch, grammars, limits, metrics), sizes, metrics, seconds)
+    return Built(ThreadedEngine(batch, grammars, limits, metrics), sizes, metrics, seconds, note)
+
+
+def rating(loaded: Loaded) -> Rating:
+    """By the temperatures beside the draft; without a confidence head learnt on the way."""
+    config = loaded.draft_config
+    if config is not None and not config.enable_confidence_head:
+        return Estimator(config.draft_length)
+    fitted = loaded.temperatures
+    return Head(np.ones(loaded.draft.draft_length) if fitted is None else fitted)
 
 
 def count_compilations(metrics: Metrics) -> None:

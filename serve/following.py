@@ -40,6 +40,7 @@ class Leading:
     def __init__(self, programs: Steps, lines: Lines):
         self.sizes, self.shapes = programs.sizes, programs.shapes
         self.control, self.edits = programs.control, programs.edits
+        self.program, self.chooses = programs.program, programs.chooses
         self._programs, self._lines = programs, lines
         lines.wait()
 
@@ -93,8 +94,10 @@ def follow(programs: Steps, receive: Callable[[int], bytes]) -> None:
 def _round(programs: Steps, shape: Shape, body: bytes) -> None:
     """The arrays lie one after another, in the order of the empty ones."""
     edits = programs.edits(shape.group) if shape.edited else None
-    empty = programs.control(shape.group, shape.pages), edits
-    control, edits = jax.tree.map(partial(_take, memoryview(body), [0]), empty)
+    control = programs.control(shape.group, shape.pages)
+    if programs.chooses(shape):
+        control = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
+    control, edits = jax.tree.map(partial(_take, memoryview(body), [0]), (control, edits))
     programs.round(shape, control, edits)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dspark_jax import calibration_file
 from dspark_jax.checkpoints.fingerprint import target_fingerprint
 from dspark_jax.checkpoints.folder import embedded, resolve
 from dspark_jax.config import DraftConfig
@@ -39,6 +40,8 @@ class Loaded(NamedTuple):
     weights: Weights
     draft_config: DraftConfig | None
     mesh: Mesh
+    temperatures: np.ndarray | None = None
+    """Fitted to the draft's confidences; None where nobody has."""
 
 
 def find(checkpoint: str | None, target: str | None, speculate: bool) -> Named:
@@ -76,7 +79,9 @@ def load(
             f"draft {named.draft} was trained for another target than {files.folder} (their "
             "fingerprints differ); give the --target that it was trained for."
         )
-    return _read(files, config, params, target_id, mesh, dtype, progress)
+    fitted = calibration_file.read(named.draft, config.draft_length)
+    loaded = _read(files, config, params, target_id, mesh, dtype, progress)
+    return loaded._replace(temperatures=fitted)
 
 
 def _read(

@@ -28,7 +28,7 @@ class Policy:
     """Running mean of the share of rounds in which draft j was accepted, verified or not."""
     claimed: np.ndarray = field(default_factory=lambda: np.zeros(0))
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Running means of the confidence in draft j, and of its acceptance, where those before it
+    """Running means of the chance of draft j, and of its acceptance, where those before it
     were accepted: what a draft says of itself is taken as it has turned out to be."""
 
     def __post_init__(self) -> None:
@@ -38,14 +38,14 @@ class Policy:
     def budget(
         self,
         seconds: Mapping[int, float],
-        confidences: Sequence[Sequence[float]],
+        chances: Sequence[Sequence[float]],
         caps: Sequence[int],
     ) -> int:
         """One of the budgets of `seconds`, ascending, of which the first drafts nothing.
 
         `seconds` are what a round of each takes, as measured; a fixed policy does not ask.
-        `confidences` are those of every sequence's last block, empty where there was none; `caps`
-        bound the drafts of each sequence.
+        `chances` are those of every sequence's last block, empty where there was none; `caps` bound
+        the drafts of each sequence.
         """
         budgets = list(seconds)
         if not any(caps):
@@ -53,7 +53,7 @@ class Policy:
         if self.kind == "fixed":
             return next(b for b in budgets if b >= len(caps) + sum(caps) or b == budgets[-1])
         gains = np.concatenate(
-            [self._survival(c)[:cap] for c, cap in zip(confidences, caps, strict=True)]
+            [self._survival(c)[:cap] for c, cap in zip(chances, caps, strict=True)]
         )
         promised = np.concatenate([[0.0], np.cumsum(np.sort(gains)[::-1])])
         active = len(caps)
@@ -74,19 +74,19 @@ class Policy:
             return best
         return plain
 
-    def observe(self, accepted: int, verified: int, confidence: Sequence[float] = ()) -> None:
+    def observe(self, accepted: int, verified: int, chance: Sequence[float] = ()) -> None:
         """What became of a block, and what it had said of itself."""
         judged = self.draft_length if accepted < verified else verified
         for j in range(judged):  # after a refusal none survives, verified or not
             survived = float(j < accepted)
             self.survival[j] += 0.02 * (survived - self.survival[j])
 
-        for j in range(min(verified, accepted + 1) if len(confidence) else 0):
-            self.claimed[j] += 0.02 * (confidence[j] - self.claimed[j])
+        for j in range(min(verified, accepted + 1) if len(chance) else 0):
+            self.claimed[j] += 0.02 * (chance[j] - self.claimed[j])
             self.kept[j] += 0.02 * (float(j < accepted) - self.kept[j])
 
-    def _survival(self, confidence: Sequence[float]) -> np.ndarray:
-        if not len(confidence):
+    def _survival(self, chance: Sequence[float]) -> np.ndarray:
+        if not len(chance):
             return self.survival
         trust = self.kept / np.maximum(self.claimed, 1e-6)
-        return np.cumprod(np.minimum(np.asarray(confidence) * trust, 1.0))
+        return np.cumprod(np.minimum(np.asarray(chance) * trust, 1.0))

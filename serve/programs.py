@@ -21,6 +21,7 @@ from dspark_jax.paged_loop import (
     prefill_pages,
     scrub,
     serve_round,
+    stopping_round,
 )
 from dspark_jax.serve.layout import shardings_of, state_shardings, whole
 from dspark_jax.sharding import target_mesh
@@ -108,6 +109,14 @@ class Steps(Protocol):
         """Of all rounds. Edited ones, which are few, verify everything or nothing."""
         ...
 
+    def program(self, shape: Shape) -> Shape:
+        """The program that runs rounds of this shape: a stopping one runs those of all budgets."""
+        ...
+
+    def chooses(self, program: Shape) -> bool:
+        """Whether it wants to know what rounds take: `seconds` of every count of rows."""
+        ...
+
     def control(self, group: int, pages: int) -> Control:
         """A round in which nobody takes part, to be filled in."""
         ...
@@ -131,9 +140,11 @@ class Programs:
         sizes: Sizes,
         dtype: Any,
         mesh: Mesh | None = None,
+        stopping: bool = False,
     ):
+        """With `stopping` the rounds that draft choose their own budgets, by Algorithm 1."""
         mesh = mesh or target_mesh(jax.devices()[:1], 1)
-        self.sizes, self.weights = sizes, weights
+        self.sizes, self.weights, self.stopping = sizes, weights, stopping
         self._models = (target, draft)
         self._rounds: dict[Shape, Any] = {}
         self._chunks: dict[int, Any] = {}
@@ -152,9 +163,20 @@ class Programs:
         for group in sizes.groups:
             budgets = sizes.budgets(group)
             for pages in sizes.contexts:
-                yield from (Shape(group, budget, pages, False) for budget in budgets)
+                plain = (Shape(group, budget, pages, False) for budget in budgets)
+                yield from dict.fromkeys(map(self.program, plain))
             ends = {budgets[0], budgets[-1]}
             yield from (Shape(group, budget, sizes.longest, True) for budget in ends)
+
+    def program(self, shape: Shape) -> Shape:
+        """As `Steps` says."""
+        if not self.stopping or shape.edited or shape.budget == shape.group:
+            return shape
+        return shape._replace(budget=self.sizes.budgets(shape.group)[-1])
+
+    def chooses(self, program: Shape) -> bool:
+        """As `Steps` says."""
+        return self.stopping and not program.edited and program.budget > program.group
 
     @property
     def count(self) -> int:
@@ -208,6 +230,7 @@ class Programs:
     def control(self, group: int, pages: int) -> Control:
         """As `Steps` says."""
         sizes, zeros = self.sizes, partial(np.zeros, group)
+        drafted = self._models[1].draft_length
         truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
         arrays: dict[str, Any] = {
             "slot": np.full(group, sizes.slots, np.int32),
@@ -219,6 +242,8 @@ class Programs:
             "key": np.zeros((group, 2), np.uint32),
             "temperature": zeros(np.float32),
             "draft_temperature": zeros(np.float32),
+            "slope": np.ones((group, drafted), np.float32),
+            "intercept": np.zeros((group, drafted), np.float32),
             "truncation": Truncation(*truncation),
         }
         return Control(**arrays)
@@ -239,9 +264,15 @@ class Programs:
         control = self.control(shape.group, shape.pages)
         edits = self.edits(shape.group) if shape.edited else None
         given = (self.weights, self.state, control, edits)
-        plain = shape.budget == shape.group
-        round_ = plain_round if plain else partial(_with_budget, shape.budget)
-        return self._lower(round_, (self._lie, self._whole), *given)
+        outs = (self._lie, self._whole)
+        if shape.budget == shape.group:
+            return self._lower(plain_round, outs, *given)
+        if self.chooses(shape):
+            timed = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
+            budgets = self.sizes.budgets(shape.group)[1:]
+            chosen = (self.weights, self.state, timed, edits)
+            return self._lower(partial(_stopping, budgets), outs, *chosen)
+        return self._lower(partial(_with_budget, shape.budget), outs, *given)
 
     def _compile_chunk(self, chunk: int) -> Any:
         rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
@@ -270,6 +301,10 @@ class Programs:
         padded = np.zeros(self.sizes.longest, np.int32)
         padded[: len(pages)] = pages
         return padded
+
+
+def _stopping(budgets: tuple[int, ...], *given: Any) -> Any:
+    return stopping_round(*given, budgets=budgets)
 
 
 def _with_budget(budget: int, *given: Any) -> Any:

@@ -23,6 +23,7 @@ from rich.progress import (
 
 from dspark_jax.hosts import check_same, leading, together
 from dspark_jax.serve.build import Built, build, choose_sizes, compiled, plan, told
+from dspark_jax.serve.calibrating import check_draft, prepared, prompts_of, run_calibration
 from dspark_jax.serve.following import Leading, followed
 from dspark_jax.serve.http.app import make_app
 from dspark_jax.serve.http.listen import bind, listen
@@ -30,12 +31,13 @@ from dspark_jax.serve.http.settings import HttpSettings, ServedModel, read_keys
 from dspark_jax.serve.layout import described, serving_mesh
 from dspark_jax.serve.lines import Line, connect
 from dspark_jax.serve.models import Loaded, Named, find, load
+from dspark_jax.serve.questions import Prompts
 from dspark_jax.serve.settings import ServeSettings, Speculation
 from dspark_jax.serve.terminal import answer
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 OWN = ("hosts", "host", "port", "api_key", "api_key_file", "checkpoint", "target")
-OWN += ("compilation_cache", "speculative_config", "model")
+OWN += ("compilation_cache", "data", "speculative_config", "model")
 """Settings that may differ between processes: doors, secrets, and where files lie."""
 
 
@@ -44,13 +46,16 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     console = Console(stderr=settings.prompt is not None, highlight=False, quiet=not leading())
     if settings.prompt is not None:
         settings = replace(settings, max_num_seqs=1)
+    if settings.calibrate:
+        settings, speculation = prepared(settings, speculation)
     check_alike(settings, speculation)
     mesh = serving_mesh(settings.data_parallel_size, settings.tensor_parallel_size)
-    answering = settings.prompt is None and leading()
-    listening = together(lambda: bind(settings.host, settings.port) if answering else None)
+    listens = settings.prompt is None and not settings.calibrate and leading()
+    listening = together(lambda: bind(settings.host, settings.port) if listens else None)
     kept = keep_compiled(settings.compilation_cache)
     draft, drafted = settings.checkpoint or speculation.model, speculation.num_speculative_tokens
     named = together(lambda: find(draft, settings.target, drafted != 0))
+    calibrated = together(lambda: check_draft(settings, named) if settings.calibrate else None)
     dtype = None if settings.dtype == "auto" else settings.dtype
     line = connect(settings.hosts)
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
@@ -58,6 +63,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         loaded = load(named, mesh, dtype, partial(_show, progress, reading))
     check_same(described_models(loaded))
     sizes = choose_sizes(settings, speculation, loaded)
+    asked = together(lambda: calibrated and prompts_of(settings, calibrated, loaded, sizes))
     name = settings.served_model_name or str(settings.target or _name(named, loaded))
     introduce(console, name, named, loaded, plan(loaded, sizes))
     console.print(
@@ -67,14 +73,19 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     )
     with bar(console, MofNCompleteColumn()) as progress:
         compiling = progress.add_task("compiling programs")
-        programs = compiled(loaded, sizes, partial(_show, progress, compiling))
+        show = partial(_show, progress, compiling)
+        programs = compiled(loaded, sizes, speculation, show)
     if isinstance(line, Line):
         return followed(programs, line)
     steps = programs if line is None else Leading(programs, line)
-    built = build(settings, speculation, loaded, steps, programs.count, name)
+    built = build(settings, speculation, loaded, steps, programs.count, name, kept)
+    console.print(built.note, style="dim", soft_wrap=True)
     for cost in told(built.seconds, sizes.page):
         console.print(cost, style="dim", soft_wrap=True)
-    code = serve(settings, built, loaded, name, listening, console)
+    if calibrated is not None and asked is not None:
+        code = calibrate_draft(settings, calibrated, built, asked, console)
+    else:
+        code = serve(settings, built, loaded, name, listening, console)
     if code == 0 and isinstance(steps, Leading):
         steps.stop()  # after a failure the others see it end
     return code
@@ -116,6 +127,16 @@ def described_models(loaded: Loaded) -> dict[str, str]:
     said = {"target": json.dumps(loaded.files.described, sort_keys=True)}
     said |= {"draft": repr(loaded.draft_config)}
     return {name: sha256(text.encode()).hexdigest()[:12] for name, text in said.items()}
+
+
+def calibrate_draft(
+    settings: ServeSettings, folder: Path, built: Built, asked: Prompts, console: Console
+) -> int:
+    """`--calibrate`, under a bar; the exit code."""
+    with bar(console, MofNCompleteColumn()) as progress:
+        answering = progress.add_task("answering prompts")
+        show = partial(_show, progress, answering)
+        return run_calibration(settings, folder, built, asked, console, show)
 
 
 def served(settings: ServeSettings, built: Built, loaded: Loaded, name: str) -> ServedModel:

@@ -34,8 +34,8 @@ class Sequence:
     heard: float | None = None
     """When the first round was heard of, in monotonic seconds as `arrived` and `admitted`."""
     finish: Finish | None = None
-    confidence: Tokens[float] = ()
-    """Of the last block heard of."""
+    chance: Tokens[float] = ()
+    """Of every draft of the last block heard of, to be accepted if those before it are."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.work.prompt)

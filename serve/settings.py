@@ -21,11 +21,16 @@ class ServeSettings:
     """Folder or hub id; by default the one that the checkpoint was made for."""
     speculative_config: str | None = None
     """vLLM's JSON: method, model, num_speculative_tokens (0: plain decoding), draft_sample_method
-    (greedy or probabilistic), enable_adaptive_verification."""
+    (greedy or probabilistic), enable_adaptive_verification, verification_schedule (asynchronous or
+    algorithm-1)."""
     prompt: str | None = None
     """Answer this in the terminal instead of serving."""
+    calibrate: bool = False
+    """Fit temperatures to the draft's confidences and write them beside it, instead of serving."""
+    data: Path | None = None
+    """Conversations for --calibrate, JSONL; by default the prompts that the draft's run served."""
     max_tokens: int = 256
-    """Of the answer to --prompt."""
+    """Of the answer to --prompt, and of every one for --calibrate."""
     temperature: float = 0.0
     """Of the answer to --prompt."""
     host: str = "127.0.0.1"
@@ -63,6 +68,9 @@ class ServeSettings:
     """Seconds that answers may take to finish after SIGTERM."""
     compilation_cache: Path | None = None
     """Where compiled programs are kept for the next start; else in the user's cache folder."""
+    profile_again: bool = False
+    """Measure what rounds cost although it is known from an earlier start, as after one on a busy
+    machine."""
     hosts: HostOptions = HostOptions()
 
 
@@ -75,10 +83,14 @@ class Speculation:
     """None: as many as the draft was trained for."""
     draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
     enable_adaptive_verification: bool = True
+    verification_schedule: str = "asynchronous"
+    """asynchronous: how much is verified is settled by blocks drafted before (paper §5.2);
+    algorithm-1: by the very blocks, within the round (§3.2.2)."""
     method: str = "dspark"
 
 
 METHODS = ("dspark", "dflash")
+SCHEDULES = ("asynchronous", "algorithm-1")
 
 
 def read_speculation(text: str | None) -> Speculation:
@@ -109,6 +121,11 @@ def read_speculation(text: str | None) -> Speculation:
         raise ValueError(
             f"draft_sample_method {config.draft_sample_method!r} is neither greedy nor "
             "probabilistic."
+        )
+    if config.verification_schedule not in SCHEDULES:
+        raise ValueError(
+            f"verification_schedule {config.verification_schedule!r} is neither "
+            f"{' nor '.join(SCHEDULES)}."
         )
     count = config.num_speculative_tokens
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
@@ -144,6 +161,10 @@ def check(settings: ServeSettings, speculation: Speculation) -> None:
         raise ValueError(f"--max-model-len {settings.max_model_len} must be 2 or more.")
     if not 0 <= settings.port < 65536:
         raise ValueError(f"--port {settings.port} must be from 0 to 65535.")
+    if settings.prompt is not None and settings.calibrate:
+        raise ValueError("--prompt and --calibrate are two things to do; give one.")
+    if settings.data is not None and not settings.calibrate:
+        raise ValueError(f"--data {settings.data} is for --calibrate only; give both or neither.")
     if settings.prompt == "":
         raise ValueError("--prompt is empty; say something to answer.")
     if not 0 <= settings.temperature <= 2:

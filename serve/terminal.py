@@ -16,7 +16,7 @@ COLOURS = ("green", "cyan", "blue", "magenta", "bright_green", "bright_cyan", "b
 
 def answer(settings: ServeSettings, built: Built, tokenizer: object) -> int:
     """Stream the answer to `--prompt`; 0, or 1 when it failed."""
-    prompt = _tokens(tokenizer, settings.prompt or "")
+    prompt = prompt_tokens(tokenizer, settings.prompt or "")
     room = built.sizes.longest * built.sizes.page - len(prompt)
     if room < 1:
         raise ValueError(f"the prompt has {len(prompt)} tokens; --max-model-len leaves no room.")
@@ -44,7 +44,8 @@ def answer(settings: ServeSettings, built: Built, tokenizer: object) -> int:
     return 0
 
 
-def _tokens(tokenizer: object, prompt: str) -> tuple[int, ...]:
+def prompt_tokens(tokenizer: object, prompt: str) -> tuple[int, ...]:
+    """A question, ready for its answer."""
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(  # pyright: ignore
         turns, tokenize=False, add_generation_prompt=True

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from dspark_jax import calibration_file
 from dspark_jax.hosts import fetch, from_first, leading
 from dspark_jax.target_folder import LoadedTarget
 from dspark_jax.train.command_line import command, going_on
@@ -33,12 +34,15 @@ def finish(
     arguments: Sequence[str],
     console: Console,
 ) -> dict[str, Any]:
-    """Write the draft, prove it, write the report."""
+    """Write the draft, prove it, calibrate it, write the report."""
     settings, folder = job.settings, job.settings.output / "draft"
     params = fetch(trained.params)
     from_first(lambda: save_draft(folder, job.config, params, loaded, target_id))
     report = prove(job, loaded, trained.params, data, console)
-    reliability = report.pop("reliability")
+    reliability, calibration = report.pop("reliability"), report["calibration"]
+    if calibration is not None:
+        from_first(lambda: str(calibration_file.write(folder, calibration)))
+        report["calibration"] = calibration_file.described(calibration)
     report |= {"target": loaded.folder.name, "checkpoint": str(folder), "steps": trained.best}
     report |= {"command": command(going_on(arguments)), "machine": machine()}
     if leading():

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from dspark_jax.calibrate import Rounds, calibrate
 from dspark_jax.config import DraftConfig
 from dspark_jax.loop import Weights, prepare_weights
 from dspark_jax.sharding import tree_shardings
@@ -35,7 +36,7 @@ def prove(
         settings.seed,
         settings.compute_dtype,
     )
-    served = serve(programs, config, data, console)
+    served, rounds = serve(programs, config, data, console)
     for found in served["greedy"]["one_token_program_divergences"]:
         prompt = served["greedy"]["prompts"][found["prompt"]]
         parting = explain(
@@ -53,10 +54,14 @@ def prove(
         for prompt in part["prompts"]:
             for name in ("prompt", "answer"):
                 prompt[name] = loaded.tokenizer.decode(prompt[f"{name}_token_ids"])
+    # On real rounds, as a server has them: validation's blocks begin at any token and follow the
+    # true text, a server's begin after a bonus token and follow their own drafts.
+    calibration = calibrate(rounds) if config.enable_confidence_head else None
     return {
         "validation": validation.table,
         "served": served,
         "reliability": validation.reliability,
+        "calibration": calibration,
     }
 
 
@@ -83,17 +88,20 @@ def holds(served: dict[str, Any]) -> bool:
     return greedy["identical_to_plain"] and False not in near
 
 
-def serve(programs: Programs, config: DraftConfig, data: Data, console: Console) -> dict[str, Any]:
-    """Both parts of the proof."""
-    parts = {}
+def serve(
+    programs: Programs, config: DraftConfig, data: Data, console: Console
+) -> tuple[dict[str, Any], Rounds]:
+    """Both parts of the proof, and the rounds of both: a server drafts for either."""
+    parts, rounds = {}, []
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         with Bar(console, f"serving, {name}", ()) as bar:
             done = iter(range(1, len(data.prompts) + 1))
-            parts[name] = measure(
+            parts[name], made = measure(
                 programs,
                 data.prompts,
                 temperature,
                 config.draft_length,
                 lambda bar=bar, done=done: bar.show(next(done), len(data.prompts), {}),
             )
-    return parts
+        rounds.append(made)
+    return parts, Rounds(*map(np.concatenate, zip(*rounds, strict=True)))

@@ -75,6 +75,7 @@ def markdown(report: dict[str, Any]) -> str:
         + ".",
         "",
         *_elsewhere(greedy),
+        *_calibrated(report.get("calibration")),
         "Tokens per second are those of decoding, the prompt already read. Reading all prompts "
         f"took {greedy['prompt_seconds']:.2f} s with the draft, "
         f"{greedy['plain_prompt_seconds']:.2f} s without.",
@@ -104,6 +105,27 @@ def _elsewhere(greedy: dict[str, Any]) -> list[str]:
     return [
         f"`generate` of transformers {found['transformers']} (torch {found['torch']}) on the same "
         f"files, plain greedy, prompts included: {found['tokens_per_second']:.0f} tokens/s.",
+        "",
+    ]
+
+
+def _calibrated(found: dict[str, Any] | None) -> list[str]:
+    """How far the confidences are off, with temperatures and without; nothing without the head."""
+    if found is None:
+        return []
+    rows = {"temperature": found["temperatures"]}
+    rows |= {f"error {name}": values for name, values in found["survival_error"].items()}
+    positions = range(1, len(found["temperatures"]) + 1)
+    return [
+        f"Calibration of survival on the {found['rounds']} rounds above: the expected calibration "
+        "error before, and with temperatures fitted to the other half of the prompts.",
+        "",
+        "".join(f"| {x} " for x in ("drafted position", *positions)) + "|",
+        "|---" * (1 + len(positions)) + "|",
+        *(
+            "".join([f"| {name} ", *(f"| {x:.3f} " for x in row), "|"])
+            for name, row in rows.items()
+        ),
         "",
     ]
 

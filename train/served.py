@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.calibrate import Rounds
 from dspark_jax.generation import generate, plain_generate, plain_prefill, plain_state
 from dspark_jax.hosts import fetch
 from dspark_jax.loop import Request, Weights, init_state, prefill
@@ -30,6 +31,10 @@ class Answer(NamedTuple):
     seconds: float
     rounds: int
     survived: list[int]
+    confidence: np.ndarray
+    """Of every round, what the draft said of its block before the sigmoid; and how many of its
+    drafts were accepted."""
+    accepted: np.ndarray
 
 
 class Programs(NamedTuple):
@@ -85,7 +90,9 @@ def make_programs(
         end = time.perf_counter()
         made = fetch(made)
         tokens, survived = made.tokens[0, : made.length[0]].tolist(), made.survived[0].tolist()
-        return Answer(tokens, read - begin, end - read, int(made.rounds[0]), survived)
+        rounds = int(made.rounds[0])
+        said = (made.confidence[0, :rounds], made.accepted[0, :rounds])
+        return Answer(tokens, read - begin, end - read, rounds, survived, *said)
 
     drafted = (jax.jit(start), jax.jit(speculative, donate_argnums=1))
     alone = (jax.jit(plain_start), jax.jit(plain, donate_argnums=1))
@@ -110,8 +117,11 @@ def measure(
     temperature: float,
     draft_length: int,
     progress: Callable[[], None],
-) -> dict[str, Any]:
-    """One part of the report: every prompt answered twice, in turn, after one warm-up each."""
+) -> tuple[dict[str, Any], Rounds]:
+    """One part of the report: every prompt answered twice, in turn, after one warm-up each.
+
+    And what its drafts said and came to.
+    """
     programs.speculative(prompts[0], temperature, draft_length)
     programs.plain(prompts[0], temperature)
     answers, plain = [], []
@@ -140,7 +150,16 @@ def measure(
         }
         for prompt, answer, loop in zip(prompts, answers, looping, strict=True)
     ]
-    return result
+    return result, rounds_of(answers)
+
+
+def rounds_of(answers: Sequence[Answer]) -> Rounds:
+    """The rounds of all answers, one after another."""
+    return Rounds(
+        np.concatenate([answer.confidence for answer in answers]),
+        np.concatenate([answer.accepted for answer in answers]),
+        np.repeat(np.arange(len(answers)), [answer.rounds for answer in answers]),
+    )
 
 
 def summarise(

@@ -66,7 +66,7 @@ def test_a_run_is_exported_with_its_card_and_settings(tmp_path: Path):
     run, output = make_run(tmp_path / "run"), tmp_path / "out"
     convert("export", "--checkpoint", run, "--output", output, *NAMED)
     assert {p.name for p in output.iterdir()} == {
-        *("README.md", "config.json", "model.safetensors", "run_config.json")
+        *("README.md", "calibration.json", "config.json", "model.safetensors", "run_config.json")
     }
     settings = json.loads((run / "config.json").read_text())
     assert json.loads((output / "run_config.json").read_text()) == settings

@@ -9,11 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from dspark_jax import calibration_file
+from dspark_jax.checkpoints.folder import embedded
 
 FLAGS = ("--max-num-seqs", "2", "--max-model-len", "256")
 ASKED = 'def read_text(path):\n    """Read a file."""'
@@ -193,6 +197,40 @@ def test_a_prompt_is_answered_in_the_terminal():
     assert "path" in done.stdout and "tokens a round" in done.stderr
 
 
+@pytest.mark.slow
+def test_algorithm_1_changes_no_greedy_answer_and_rounds_are_timed_once(tmp_path: Path):
+    """Rounds are timed for each schedule on its own: their programs differ."""
+    answers, notes = [], []
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    for schedule in ("asynchronous", "algorithm-1", "algorithm-1"):
+        chosen = json.dumps({"verification_schedule": schedule})
+        given = command("--prompt", ASKED, "--max-model-len", "256", "--speculative-config", chosen)
+        done = subprocess.run(given, capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout)
+        notes.append(next(x for x in done.stderr.splitlines() if x.startswith("costs of rounds")))
+    assert len(set(answers)) == 1 and answers[0].strip()
+    assert ["those kept" in note for note in notes] == [False, False, True]
+
+
+@pytest.mark.slow
+def test_a_draft_is_calibrated_on_prompts_and_served_so(tmp_path: Path):
+    draft, data = tmp_path / "draft", tmp_path / "prompts.jsonl"
+    shutil.copytree(embedded("tiny-glm-dspark"), draft)
+    (draft / calibration_file.NAME).unlink()
+    turns = ({"messages": [{"role": "user", "content": text}]} for text in (ASKED, *OTHERS))
+    data.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    flags = ("--checkpoint", str(draft), *FLAGS)
+    calibrating = ("--calibrate", "--data", str(data), "--max-tokens", "40")
+    done = subprocess.run(command(*flags, *calibrating), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {draft / calibration_file.NAME}" in done.stdout and "mean" in done.stdout
+    assert calibration_file.read(draft, 8) is not None
+    (draft / calibration_file.NAME).write_text("{}")
+    done = subprocess.run(command(*flags), capture_output=True, text=True)
+    assert done.returncode == 2 and "does not give 8 positive temperatures" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -207,6 +245,12 @@ def test_a_prompt_is_answered_in_the_terminal():
         (("--max-num-seqs", "0"), "must be 1 or more"),
         (("--tensor-parallel-size", "2"), "not served yet"),
         (("--port", "70000"), "must be from 0 to 65535"),
+        (("--speculative-config", '{"verification_schedule": "late"}'), "neither asynchronous nor"),
+        (("--prompt", "x", "--calibrate"), "are two things to do"),
+        (("--data", "x"), "is for --calibrate only"),
+        (("--calibrate",), "no run's report.json with prompts beside it"),
+        (("--calibrate", "--data", "/nowhere"), "data /nowhere cannot be read"),
+        (("--calibrate", "--data", "pyproject.toml"), "pyproject.toml line 1 asks nothing"),
     ],
 )
 def test_flags_that_cannot_work_are_one_sentence(flags: tuple[str, ...], said: str):

@@ -57,6 +57,16 @@ def test_greedy_answers_are_those_of_plain_decoding(finished: Path) -> None:
     assert all(d["near_tie"] for d in greedy["one_token_program_divergences"])
 
 
+def test_a_run_says_how_well_its_draft_is_calibrated(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    found, served = report["calibration"], report["served"].values()
+    assert json.loads((finished / "draft/calibration.json").read_text()) == found
+    assert found["rounds"] == sum(part["rounds"] for part in served)
+    before, after = (np.mean(found["survival_error"][name]) for name in ("before", "after"))
+    assert len(found["temperatures"]) == 8 and after <= before
+    assert "| error before |" in (finished / "report.md").read_text()
+
+
 def test_everything_a_run_promises_is_in_its_folder(finished: Path) -> None:
     for name in ("report.md", "loss.png", "acceptance.png", "confidence.png", "config.json"):
         assert (finished / name).stat().st_size > 100, name

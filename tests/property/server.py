@@ -224,6 +224,8 @@ class Server:
             "key": np.zeros((GROUP, 2), np.uint32),
             "temperature": zeros,
             "draft_temperature": zeros,
+            "slope": np.ones((GROUP, G), np.float32),
+            "intercept": np.zeros((GROUP, G), np.float32),
             "truncation": Truncation(
                 *map(jnp.asarray, (zeros, np.zeros(GROUP, np.int32), zeros + 1))
             ),

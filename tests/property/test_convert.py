@@ -15,6 +15,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.flax import save_file
 
+from dspark_jax import calibration_file
+from dspark_jax.calibrate import Calibration
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.config import DraftConfig
 from dspark_jax.convert.exporting import export_draft
@@ -99,6 +101,11 @@ def run_of(draft: Draft, folder: Path) -> Path:
     table = (config.vocab_size, config.hidden_size)
     names = ("model.embed_tokens.weight", "lm_head.weight")
     save_file({n: drawn(table) for n in names}, folder / "target" / "model.safetensors")
+    if config.enable_confidence_head:
+        temperatures = rng.uniform(0.5, 2, config.draft_length)
+        calibration_file.write(
+            folder / "run", Calibration(temperatures, temperatures, temperatures, 9)
+        )
     about = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 12}
     (folder / "target" / "config.json").write_text(json.dumps(about))
     return folder / "run"
@@ -127,6 +134,11 @@ def bits(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in values.items()}
 
 
+def calibration(folder: Path) -> bytes | None:
+    path = folder / calibration_file.NAME
+    return path.read_bytes() if path.exists() else None
+
+
 @contextmanager
 def folder() -> Iterator[Path]:
     with TemporaryDirectory() as name:
@@ -145,6 +157,8 @@ def test_what_is_exported_is_imported_unchanged(name: FormatName, draft: Draft):
         found, ours = bits(again), bits(run)
         ours.pop("d2t", None)  # 64 bits in every format, as our trainer's 32 hold as well
         assert {n: found[n] for n in ours} == ours
+        assert calibration(again) == calibration(first) == calibration(run)
+        assert (calibration(run) is not None) == draft.config.enable_confidence_head
         second = exported(again, place / "second", name)
         assert (config_of(second), bits(second)) == (config_of(first), bits(first))
         (again / "imported.json").unlink()  # written from the settings alone
@@ -181,7 +195,7 @@ def test_what_is_imported_is_exported_key_for_key_and_bit_for_bit(
         again = exported(run, place / "again", name)
         layout = {"sample_from_anchor": draft.config.sample_from_anchor}
         assert config_of(again) == described | layout
-        assert bits(again) == bits(source)
+        assert bits(again) == bits(source) and calibration(again) == calibration(source)
 
 
 def add_tables(source: Path, target: Path) -> None:

@@ -24,6 +24,7 @@ from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Programs, Shape, Sizes
+from dspark_jax.serve.rating import Head
 from dspark_jax.targets.families import make_target
 from tests.property.test_greedy_equals_plain import DRAFT, GLM, PROMPTS, V, target_params
 
@@ -60,6 +61,7 @@ class Server:
             frozenset(),
             self.metrics,
             {},
+            Head(np.ones(DRAFT.draft_length)),
         )
         self.engine = ThreadedEngine(
             self.batch, Grammars(None, V, (0,)), QueueLimits(**limits), self.metrics

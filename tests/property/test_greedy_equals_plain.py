@@ -151,7 +151,7 @@ def answers(
     )
     run = compiled(script is not None, batch, limit)
     found = run(params, chunks, anchor, request, jnp.asarray([end]))
-    return Answers(*map(np.asarray, found))
+    return Answers(*map(np.asarray, found[: len(Answers._fields)]))
 
 
 def chunked(prompts: tuple[tuple[int, ...], ...], first: int, capacity: int) -> Rows:

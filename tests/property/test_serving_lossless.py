@@ -5,6 +5,7 @@ budget, so that every sequence's verify length depends on all of them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -102,9 +103,9 @@ def telling(draft: Draft) -> Draft:
         proposal = draft.draft_block(told.draft, frozen, cache, *given)
         anchor = given[1]
         before = jnp.concatenate([anchor[:, None], proposal.tokens[:, :-1]], axis=1)
-        own = jnp.where(told.head, proposal.confidence, 1.0)
-        confidence = own * told.before[before] * told.itself[proposal.tokens]
-        return proposal._replace(confidence=confidence)
+        own = jnp.where(told.head, jax.nn.sigmoid(proposal.confidence), 1.0)
+        chance = own * told.before[before] * told.itself[proposal.tokens]
+        return proposal._replace(confidence=jax.scipy.special.logit(chance))
 
     def extend_context(told: Told, *given: Any) -> Any:
         return draft.extend_context(told.draft, *given)
@@ -117,7 +118,7 @@ def told_weights(weights: Weights, before: Any = 1.0, itself: Any = 1.0, head: b
     return weights._replace(draft=Told(weights.draft, before, itself, jnp.asarray(head)))
 
 
-def control_of(asked: Asked, keys: Array) -> Control:
+def control_of(asked: Asked, keys: Array, draft_length: int = G) -> Control:
     """The first round of BATCH sequences whose pages lie about at random."""
 
     def all_of(x: Any, dtype: Any) -> Array:
@@ -136,6 +137,8 @@ def control_of(asked: Asked, keys: Array) -> Control:
         key=jax.random.key_data(keys),
         temperature=all_of(asked.temperature, floats),
         draft_temperature=all_of(asked.temperature if guess is None else guess, floats),
+        slope=jnp.ones((BATCH, draft_length)),
+        intercept=jnp.zeros((BATCH, draft_length)),
         truncation=Truncation(
             all_of(asked.min_p, floats), all_of(asked.top_k, ints), all_of(asked.top_p, floats)
         ),
@@ -228,6 +231,15 @@ def test_a_scheduler_that_has_seen_the_token_is_noticed(budget: int, knowledge: 
 def test_with_room_for_everything_no_scheduler_has_a_choice():
     drawn, _ = serve(Asked(), told_weights(random_weights(), itself=BEFORE), ALL)
     assert p_value(drawn, exact(random_weights().target)) > FALSE_ALARM
+
+
+def test_first_tokens_are_the_targets_without_a_confidence_head():
+    """What drafts are judged by then is how likely their likeliest token was."""
+    config = replace(VANILLA, enable_confidence_head=False, confidence_head_with_markov=False)
+    weights = cached_weights(config, "random")
+    drawn, verified = serve(Asked(), told_weights(weights, head=True), TIGHT, config)
+    assert p_value(drawn, exact(weights.target)) > FALSE_ALARM
+    assert len(np.unique(verified)) > 2
 
 
 @pytest.mark.parametrize("head", [x for x in HEADS if x != "vanilla"])
@@ -373,7 +385,7 @@ def test_a_scheduler_that_admits_likely_tokens_gives_the_papers_wrong_answer():
     share = {}
     for name, tables in {"before": {}, "itself": {"itself": (1, 0.5, 1, 1, 1, 1)}}.items():
         weights = told_weights(Weights(table, None, frozen), **tables)
-        tokens, count, _ = play(weights, control_of(Asked(), keys), None)
+        tokens, count, _ = play(weights, control_of(Asked(), keys, draft_length=1), None)
         share[name] = np.mean(first_tokens(tokens, count)[:, 0] == 0)
     assert abs(share["before"] - 0.7) < 0.03
     assert abs(share["itself"] - 0.835) < 0.03

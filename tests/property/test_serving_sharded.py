@@ -31,6 +31,7 @@ from dspark_jax.serve.models import Loaded, Named, find, load
 from dspark_jax.serve.pages import Pages
 from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Programs, Sizes
+from dspark_jax.serve.rating import Head
 from dspark_jax.serve.sequence import Sequence
 from dspark_jax.sharding import DATA, TENSOR, target_mesh
 from tests.property.test_sharded_decoding import TARGETS, Case, V, pair
@@ -75,7 +76,7 @@ def serve(programs: Programs, prompts: list[tuple[int, ...]], limit: int) -> lis
     sizes, heard = programs.sizes, {str(i): list[Delta]() for i in range(len(prompts))}
     pages = Pages(sizes.pages, sizes.page, caching=True)
     policy, metrics = Policy("fixed", sizes.verified), Metrics("test", sizes.verified)
-    batch = Batch(programs, pages, policy, frozenset(), metrics, {})
+    batch = Batch(programs, pages, policy, frozenset(), metrics, {}, Head(np.ones(sizes.verified)))
     for i, prompt in enumerate(prompts):
         work = Work(str(i), prompt, limit - 3 * (i % 4), GREEDY)
         batch.add(Sequence(work, heard[str(i)].append, 0.0))

@@ -16,6 +16,7 @@ from dspark_jax.draft_decoder import (
     draft_block,
     extend_context,
     init_draft_cache,
+    likeliest,
     prepare,
     run_block,
 )
@@ -96,10 +97,12 @@ def fill_cache(drafter: Drafter, aux: jax.Array) -> DraftCache:
     return decoding(extend_context, drafter, empty, aux, POSITION[: aux.shape[0]])
 
 
-def draft(config: DraftConfig, aux: jax.Array = AUX, rows: Any = slice(None)) -> Proposal:
+def draft(
+    config: DraftConfig, aux: jax.Array = AUX, rows: Any = slice(None), keys: jax.Array = KEYS
+) -> Proposal:
     """A proposal for the chosen rows of the standard state."""
     drafter, frozen = make_drafter(config), make_frozen(config)
-    state = (LENGTH[rows], ANCHOR[rows], KEYS[rows], TEMPERATURE[rows])
+    state = (LENGTH[rows], ANCHOR[rows], keys[rows], TEMPERATURE[rows])
     return decoding(draft_block, drafter, frozen, fill_cache(drafter, aux[rows]), *state)
 
 
@@ -143,7 +146,7 @@ def test_a_drafted_block_scores_as_when_its_tokens_are_given(
     assert proposal.tokens.shape == (3, G)
     assert_close(proposal.logits, logits_of(config, scores)[:, 0, -G:])
     assert scores.confidence is not None
-    assert_close(proposal.confidence, jax.nn.sigmoid(scores.confidence[:, 0, -G:]))
+    assert_close(proposal.confidence, scores.confidence[:, 0, -G:])
 
 
 @pytest.mark.parametrize("non_causal", [True, False])
@@ -163,9 +166,31 @@ def test_greedy_rows_take_the_largest_logit_and_proposals_are_target_ids():
     np.testing.assert_array_equal(proposal.tokens[0], greedy)
 
 
-def test_a_draft_without_confidence_head_is_sure():
-    config = replace(CONFIG, enable_confidence_head=False)
-    np.testing.assert_array_equal(draft(config).confidence, 1.0)
+def test_a_draft_without_confidence_head_says_how_likely_its_likeliest_token_is():
+    proposal = draft(replace(CONFIG, enable_confidence_head=False))
+    temperature = np.array(TEMPERATURE)[:, None, None]
+    scaled = proposal.logits / np.where(temperature == 0, 1, temperature)
+    best = jnp.max(jax.nn.softmax(scaled), axis=-1)
+    np.testing.assert_allclose(
+        proposal.confidence, jnp.log(best / (1 - best)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_a_headless_draft_says_of_a_slot_has_not_seen_its_token():
+    config = replace(CONFIG, enable_confidence_head=False, confidence_head_with_markov=False)
+    proposals = [draft(config, keys=jax.random.split(jax.random.key(n), 3)) for n in range(12)]
+    tokens = np.stack([proposal.tokens for proposal in proposals])
+    said = np.stack([proposal.confidence for proposal in proposals])
+    for row in range(3):
+        for j in range(config.draft_length):
+            alike = [n for n in range(12) if np.array_equal(tokens[n, row, :j], tokens[0, row, :j])]
+            np.testing.assert_array_equal(said[alike, row, j], said[0, row, j])
+    assert len(np.unique(tokens[:, 2, 0])) > 1
+
+
+def test_the_odds_of_a_certain_token_are_a_number():
+    logits = jnp.array([[[0.0, -jnp.inf], [200.0, 0.0], [1.0, 1.0]]])
+    np.testing.assert_array_equal(likeliest(logits, jnp.zeros(1)), [[40, 40, 0]])
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_slot():

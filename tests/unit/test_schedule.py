@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dspark_jax.schedule import pack, verify_lengths
+from dspark_jax.schedule import pack, verify_lengths, worth_verifying
 
 N, G = 4, 3
 WIDTH, ROWS, BEYOND = G + 1, N * (G + 1) + 3, 1 << 20
@@ -87,6 +87,64 @@ def test_survival_never_rises_along_a_block_even_by_rounding(width: int):
     near_one = (1 - steps * 2.0**-24).astype(np.float32)
     survival = np.asarray(jax.jit(lambda x: jnp.cumprod(x, axis=1))(near_one))
     assert np.all(np.diff(survival, axis=1) <= 0)
+
+
+SECONDS = arrays.arrays(
+    np.float32, N * WIDTH + 1, elements=st.sampled_from([0.5, 0.75, 1, 1.25, 4])
+)
+worth = jax.jit(worth_verifying)
+
+
+def by_algorithm_1(chance: np.ndarray, cap: np.ndarray, seconds: np.ndarray) -> int:
+    """The paper's loop, in float32."""
+    survival = np.cumprod(chance, axis=1)
+    slots = sorted(-survival[n, j] for n in range(N) for j in range(min(cap[n], G)))
+    taken, promised = 0, np.float32(N)
+    best = promised / seconds[N]
+    for negative in slots:
+        promised = promised - negative
+        if not promised / seconds[N + taken + 1] > best:
+            break
+        taken, best = taken + 1, promised / seconds[N + taken + 1]
+    return taken
+
+
+@settings(deadline=None, max_examples=150)
+@given(TYING, CAPS, SECONDS)
+def test_as_many_are_worth_verifying_as_the_papers_loop_takes(
+    chance: np.ndarray, cap: np.ndarray, seconds: np.ndarray
+):
+    found = int(worth(chance, cap, jnp.asarray(N), seconds))
+    assert found == by_algorithm_1(chance, cap, seconds)
+
+
+@settings(deadline=None, max_examples=150)
+@given(TYING, TYING, CAPS, SECONDS, st.integers(0, N - 1), st.integers(0, G - 1), st.integers(1, 5))
+def test_algorithm_1_looks_at_no_later_slot_whatever_it_is_rounded_up_to(
+    chance: np.ndarray,
+    other: np.ndarray,
+    cap: np.ndarray,
+    seconds: np.ndarray,
+    n: int,
+    j: int,
+    step: int,
+):
+    changed = chance.copy()
+    changed[n, j + 1 :] = other[n, j + 1 :]
+    lengths = []
+    for x in (chance, changed):
+        wanted = int(worth(x, cap, jnp.asarray(N), seconds))
+        lengths.append(admitted(x, cap, -(-wanted // step) * step)[n])
+    assert (lengths[0] > j) == (lengths[1] > j)
+
+
+def test_what_would_pay_past_one_that_does_not_is_left():
+    """Appendix A's counterexample: the second slot knows what was drafted in the first."""
+    seconds = np.array([1, 1, 1.6, 1.7], np.float32)
+    for second in (1.0, 0.0):
+        chance = np.array([[0.5, second]], np.float32)
+        assert worth(chance, np.array([2]), jnp.asarray(1), seconds) == 0
+    assert 2.0 / seconds[3] > 1 / seconds[1]
 
 
 def test_a_sequence_without_numbers_takes_nothing_from_the_others():
