@@ -243,7 +243,7 @@ def test_a_draft_is_calibrated_on_prompts_and_served_so(tmp_path: Path):
         (("--max-model-len", "100000"), "more than the 4096 positions"),
         (("--num-gpu-blocks-override", "3"), "do not hold one sequence"),
         (("--max-num-seqs", "0"), "must be 1 or more"),
-        (("--tensor-parallel-size", "2"), "not served yet"),
+        (("--tensor-parallel-size", "16"), "needs 16 devices but there are 8"),
         (("--port", "70000"), "must be from 0 to 65535"),
         (("--speculative-config", '{"verification_schedule": "late"}'), "neither asynchronous nor"),
         (("--prompt", "x", "--calibrate"), "are two things to do"),
