@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,9 +25,11 @@ class Recorder:
     """Programs that only remember what they were asked for."""
 
     control, edits, shapes = Programs.control, Programs.edits, Programs.shapes
+    program, chooses = Programs.program, Programs.chooses
 
-    def __init__(self) -> None:
-        self.sizes, self.calls = SIZES, list[Any]()
+    def __init__(self, stopping: bool = False) -> None:
+        self.sizes, self.calls, self.stopping = SIZES, list[Any](), stopping
+        self._models = (None, SimpleNamespace(draft_length=SIZES.verified))
 
     def round(self, *given: Any) -> None:
         self.calls.append(("round", jax.tree.map(np.array, given)))
@@ -63,11 +66,15 @@ def drawn(tree: Any, seed: int) -> Any:
     return jax.tree.map(lambda x: rng.integers(0, 2, x.shape).astype(x.dtype), tree)
 
 
-def test_followers_make_every_call_with_the_same_arrays() -> None:
-    told, here, there = BytesIO(), Recorder(), Recorder()
+@pytest.mark.parametrize("stopping", [False, True])
+def test_followers_make_every_call_with_the_same_arrays(stopping: bool) -> None:
+    told, here, there = BytesIO(), Recorder(stopping), Recorder(stopping)
     leading = Leading(steps(here), Recorded(told))
     for seed, shape in enumerate(leading.shapes()):
-        control = drawn(leading.control(shape.group, shape.pages), seed)
+        control = leading.control(shape.group, shape.pages)
+        if leading.chooses(shape):
+            control = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
+        control = drawn(control, seed)
         edits = drawn(leading.edits(shape.group), seed) if shape.edited else None
         leading.round(shape, control, edits)
     assert leading.prefill(np.arange(100, dtype=np.int32), 24, (3, 1, 2)) == SIZES.chunks[-1]
