@@ -155,8 +155,8 @@ def player(target: Target, draft: Draft) -> Callable[..., tuple[Array, Array]]:
             request = Request(lengths[state.anchor], temperature, jnp.full(batch, CAPACITY))
             return decode_step(target, draft, weights, state, request)
 
-        _, (tokens, count) = jax.lax.scan(round_, state, length=FIRST)
-        return jnp.moveaxis(tokens, 0, 1), count.T
+        _, emitted = jax.lax.scan(round_, state, length=FIRST)
+        return jnp.moveaxis(emitted.tokens, 0, 1), emitted.length.T
 
     return jax.jit(play)
 
