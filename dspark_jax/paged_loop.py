@@ -27,11 +27,20 @@ BEYOND = 1 << 30
 """A position past every cache: nothing is written there."""
 
 
+HELD = 16
+"""Rows of a slot that the draft's context may be behind."""
+
+
 class SlotState(NamedTuple):
-    """What stays on the device between rounds: every slot's last token and length, all pages."""
+    """What stays on the device between rounds: every slot's last token and length, all pages.
+
+    `held` are the target's states of the last rows, row p at p mod HELD, where plain rounds left
+    them: a draft that is not asked need not hear of them one by one.
+    """
 
     anchor: Int[Array, "slots"]
     length: Int[Array, "slots"]
+    held: Float[Array, "slots HELD A*D"]
     target_cache: Any
     draft_cache: Any
 
@@ -92,7 +101,8 @@ def init_slots(
     """Empty slots, and `pages` pages of `size` rows (page 0 is nobody's, see `types.Rows`)."""
     none = jnp.zeros(slots, jnp.int32)
     caches = (x.init_cache(pages, size, dtype) for x in (target, draft))
-    return SlotState(none, none, *caches)
+    width = len(target.config.aux_layer_ids) * target.config.hidden_size
+    return SlotState(none, none, jnp.zeros((slots, HELD, width), dtype), *caches)
 
 
 def prefill_pages(
@@ -231,6 +241,7 @@ def verify_round(
         state = SlotState(
             state.anchor.at[control.slot].set(verdict.bonus, mode="drop"),
             state.length.at[control.slot].set(length + verdict.accepted + 1, mode="drop"),
+            state.held,
             target_cache,
             draft_cache,
         )
@@ -250,7 +261,11 @@ def plain_round(
     control: Control,
     edits: Edits | None,
 ) -> tuple[SlotState, Result]:
-    """A round that drafts nothing: one token of every sequence, whose draft still hears of it."""
+    """A round that drafts nothing: one token of every sequence, whose states are held.
+
+    Before HELD more are, and before the next round that drafts, the draft has to catch up
+    (`paged_upkeep.py`).
+    """
     anchor, length = _enter(state, control)
     active = control.slot < len(state.anchor)
     keys = jax.random.wrap_key_data(control.key)
@@ -265,13 +280,13 @@ def plain_round(
         logits, finite = _numbers(logits)
     drawn = _drawn(logits, control, edits)
     token = sample(drawn[:, 0], control.temperature, keys, length)
-    given = (states.aux_hidden, position, control.pages)
-    draft_cache = draft.extend_context(weights.draft, state.draft_cache, *given)
+    place = (control.slot, length % HELD)
     state = SlotState(
         state.anchor.at[control.slot].set(token, mode="drop"),
         state.length.at[control.slot].set(length + 1, mode="drop"),
+        state.held.at[place].set(states.aux_hidden[: len(anchor), 0], mode="drop"),
         target_cache,
-        draft_cache,
+        state.draft_cache,
     )
     none, tokens = jnp.zeros_like(token), token[:, None]
     unsaid = jnp.zeros((len(token), 0))
@@ -293,31 +308,6 @@ def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "
 
     logits = jax.lax.cond(jnp.any(certain), one_hot, lambda: proposal.logits)
     return proposal._replace(logits=logits)
-
-
-def page_axes(init_cache: Any) -> Any:
-    """Along which axis the pages of a cache's arrays lie: 1 where layers are stacked, else 0."""
-    few, more = (jax.eval_shape(lambda n=n: init_cache(n, 1)) for n in (2, 3))
-
-    def differing(x: Any, y: Any) -> int:
-        return next(i for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b)
-
-    return jax.tree.map(differing, few, more)
-
-
-def scrub(target: Target, draft: Draft, state: SlotState, pages: Int[Array, "P"]) -> SlotState:
-    """Zeros in some pages: what is not a number must not stay where another sequence will read.
-
-    Masked rows weigh nothing, but nothing times what is not a number is not a number.
-    """
-
-    def zero(x: Array, axis: int) -> Array:
-        return x.at[(slice(None),) * axis + (pages,)].set(0, mode="drop")
-
-    return state._replace(
-        target_cache=jax.tree.map(zero, state.target_cache, page_axes(target.init_cache)),
-        draft_cache=jax.tree.map(zero, state.draft_cache, page_axes(draft.init_cache)),
-    )
 
 
 def _enter(state: SlotState, control: Control) -> tuple[Int[Array, "N"], Int[Array, "N"]]:

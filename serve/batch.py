@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dspark_jax.paged_loop import Control, Result
+from dspark_jax.paged_loop import HELD, Control, Result
 from dspark_jax.serve.editing import fill
 from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
 from dspark_jax.serve.metrics import Metrics
@@ -136,6 +136,9 @@ class Batch:
         if not chosen:
             return False
         shape, caps = self._shape(chosen)
+        drafting = shape.budget > shape.group
+        if drafting or any(s.behind == HELD for s in chosen):
+            self._catch_up(chosen)
         control = self.programs.control(shape.group, shape.pages)
         control.slope[:], control.intercept[:] = self.rating.slope, self.rating.intercept
         if self.programs.chooses(shape):
@@ -150,7 +153,22 @@ class Batch:
         self._undisturbed = True
         for sequence in chosen:
             sequence.entered, sequence.rounds = True, sequence.rounds + 1
+            sequence.behind += 0 if drafting or not self.programs.sizes.verified else 1
         return True
+
+    def _catch_up(self, sequences: list[Sequence]) -> None:
+        """Let the drafts of those that are behind hear of what plain rounds have read."""
+        late = [s for s in sequences if s.behind]
+        if not late:
+            return
+        behind = self.programs.behind(next(g for g in self.programs.sizes.groups if g >= len(late)))
+        slot, rows, pages = map(np.asarray, behind)
+        for row, sequence in enumerate(late):
+            slot[row], rows[row] = sequence.slot, sequence.behind
+            pages[row, : len(sequence.pages)] = sequence.pages
+            sequence.behind = 0
+        self.programs.catch_up(behind)
+        self._undisturbed = False
 
     def _shape(self, chosen: list[Sequence]) -> tuple[Shape, list[int]]:
         """The program for these sequences, and how many drafts of each may be verified."""
@@ -321,12 +339,14 @@ class Batch:
         self.end(sequence, "error", "the model's output is not a number")
 
     def _publish(self, sequence: Sequence) -> None:
+        """Others may begin with its pages, which hold the draft's keys too."""
+        self._catch_up([sequence])
         self.pages.publish(sequence.pages, sequence.tokens[:-1], sequence.work.cache_salt)
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back pages and slot."""
         self.pages.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.behind = [], 0
         if sequence.slot is not None:
             self.running.remove(sequence)
             self._slots.append(sequence.slot)

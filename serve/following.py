@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from dspark_jax.paged_loop import Control
+from dspark_jax.paged_upkeep import Behind
 from dspark_jax.serve.lines import Line, Lines
 from dspark_jax.serve.programs import Shape, Steps
 from dspark_jax.truncation import Edits
 
 HEAD = struct.Struct("<B4iQ")
 """Which call, its numbers, and how many bytes of arrays follow."""
-ROUND, PREFILL, CLEAN, RESET, STOP = range(5)
+ROUND, PREFILL, CATCH_UP, CLEAN, RESET, STOP = range(6)
 
 
 def message(call: int, numbers: Iterable[int] = (), arrays: Any = ()) -> bytes:
@@ -39,7 +40,7 @@ class Leading:
 
     def __init__(self, programs: Steps, lines: Lines):
         self.sizes, self.shapes = programs.sizes, programs.shapes
-        self.control, self.edits = programs.control, programs.edits
+        self.control, self.edits, self.behind = programs.control, programs.edits, programs.behind
         self.program, self.chooses = programs.program, programs.chooses
         self._programs, self._lines = programs, lines
         lines.wait()
@@ -53,6 +54,10 @@ class Leading:
         arrays = (np.asarray(tokens, np.int32), np.asarray(pages, np.int32))
         self._send(message(PREFILL, (start, len(tokens)), arrays))
         return self._programs.prefill(tokens, start, pages)
+
+    def catch_up(self, behind: Behind) -> None:
+        self._send(message(CATCH_UP, (len(behind.slot),), behind))
+        self._programs.catch_up(behind)
 
     def clean(self, pages: tuple[int, ...]) -> None:
         self._send(message(CLEAN, (), np.asarray(pages, np.int32)))
@@ -84,6 +89,9 @@ def follow(programs: Steps, receive: Callable[[int], bytes]) -> None:
             start, count, *_ = numbers
             given = np.frombuffer(body, np.int32)
             programs.prefill(given[:count], start, tuple(given[count:].tolist()))
+        elif call == CATCH_UP:
+            empty = programs.behind(numbers[0])
+            programs.catch_up(jax.tree.map(partial(_take, memoryview(body), [0]), empty))
         elif call == CLEAN:
             programs.clean(tuple(np.frombuffer(body, np.int32).tolist()))
         else:

@@ -52,7 +52,7 @@ def state_shardings(mesh: Mesh, config: TargetConfig, state: SlotState) -> SlotS
         return jax.tree.map(lambda _, s: NamedSharding(mesh, s), cache, specs)
 
     caches = pages(state.target_cache, family(config)), pages(state.draft_cache, "draft")
-    return SlotState(whole(mesh), whole(mesh), *caches)
+    return SlotState(whole(mesh), whole(mesh), whole(mesh), *caches)
 
 
 def shardings_of(tree: Any) -> Any:

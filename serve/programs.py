@@ -19,10 +19,10 @@ from dspark_jax.paged_loop import (
     init_slots,
     plain_round,
     prefill_pages,
-    scrub,
     serve_round,
     stopping_round,
 )
+from dspark_jax.paged_upkeep import Behind, catch_up, scrub
 from dspark_jax.serve.layout import shardings_of, state_shardings, whole
 from dspark_jax.sharding import target_mesh
 from dspark_jax.truncation import Edits, Truncation
@@ -97,6 +97,10 @@ class Steps(Protocol):
         """Dispatch the next prompt rows, which stand at `start`; returns how many were taken."""
         ...
 
+    def catch_up(self, behind: Behind) -> None:
+        """Dispatch telling the draft what plain rounds have held."""
+        ...
+
     def clean(self, pages: tuple[int, ...]) -> None:
         """Dispatch writing zeros into some pages."""
         ...
@@ -125,6 +129,10 @@ class Steps(Protocol):
         """Edits that change nothing, to be filled in."""
         ...
 
+    def behind(self, group: int) -> Behind:
+        """Nobody is, to be filled in."""
+        ...
+
 
 class Programs:
     """The compiled programs over one pair of models and the mesh that its weights lie on.
@@ -148,6 +156,7 @@ class Programs:
         self._models = (target, draft)
         self._rounds: dict[Shape, Any] = {}
         self._chunks: dict[int, Any] = {}
+        self._catching: dict[int, Any] = {}
         self._scrub: Any = None
         make = partial(init_slots, *self._models, sizes.slots, sizes.pages, sizes.page)
         shapes = jax.eval_shape(partial(make, jnp.dtype(dtype)))
@@ -181,7 +190,7 @@ class Programs:
     @property
     def count(self) -> int:
         """How many programs there are."""
-        return len(self._rounds) + len(self._chunks) + 2
+        return len(self._rounds) + len(self._chunks) + len(self._catching) + 2
 
     def compile(self, progress: Callable[[int, int], None]) -> None:
         """Compile all of them, side by side; `progress(done, total)` follows."""
@@ -189,6 +198,7 @@ class Programs:
             shape: partial(self._compile_round, shape) for shape in self.shapes()
         }
         jobs |= {chunk: partial(self._compile_chunk, chunk) for chunk in self.sizes.chunks}
+        jobs |= {("behind", group): partial(self._compile_behind, group) for group in self._drafted}
         jobs["scrub"] = partial(self._lower, scrub, self._lie, self.state, self._padded(()))
         progress(0, len(jobs))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -197,6 +207,7 @@ class Programs:
                 progress(done, len(jobs))
         made = {key: future.result() for key, future in compiled.items()}
         self._scrub = made.pop("scrub")
+        self._catching = {group: made.pop(("behind", group)) for group in self._drafted}
         self._chunks = {chunk: made.pop(chunk) for chunk in self.sizes.chunks}
         self._rounds = made
 
@@ -218,6 +229,10 @@ class Programs:
         rows = self._rows(padded, position.astype(np.int32), pages)
         self.state = self._chunks[size](self.weights, self.state, rows)
         return taken
+
+    def catch_up(self, behind: Behind) -> None:
+        """As `Steps` says."""
+        self.state = self._catching[len(behind.slot)](self.weights, self.state, behind)
 
     def clean(self, pages: tuple[int, ...]) -> None:
         """As `Steps` says."""
@@ -259,6 +274,20 @@ class Programs:
             "penalty": np.zeros((group, size), np.float32),
         }
         return Edits(**arrays)
+
+    def behind(self, group: int) -> Behind:
+        """As `Steps` says."""
+        nobody, none = np.full(group, self.sizes.slots, np.int32), np.zeros(group, np.int32)
+        given: Any = (nobody, none, np.zeros((group, self.sizes.longest), np.int32))
+        return Behind(*given)
+
+    @property
+    def _drafted(self) -> tuple[int, ...]:
+        """The groups that may be drafted for."""
+        return self.sizes.groups if self.sizes.verified else ()
+
+    def _compile_behind(self, group: int) -> Any:
+        return self._lower(catch_up, self._lie, self.weights, self.state, self.behind(group))
 
     def _compile_round(self, shape: Shape) -> Any:
         control = self.control(shape.group, shape.pages)

@@ -30,6 +30,8 @@ class Sequence:
     entered: bool = False
     """Its slot on the device holds it."""
     rounds: int = 0
+    behind: int = 0
+    """Rows that its draft has not heard of: those of plain rounds (`paged_upkeep.catch_up`)."""
     admitted: float | None = None
     heard: float | None = None
     """When the first round was heard of, in monotonic seconds as `arrived` and `admitted`."""

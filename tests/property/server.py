@@ -22,12 +22,11 @@ from dspark_jax.paged_loop import (
     Result,
     SlotState,
     init_slots,
-    page_axes,
     plain_round,
     prefill_pages,
-    scrub,
     serve_round,
 )
+from dspark_jax.paged_upkeep import Behind, catch_up, page_axes, scrub
 from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.truncation import Edits, Truncation
 from dspark_jax.types import Draft, Proposal, Rows, Target
@@ -39,6 +38,8 @@ SLOTS, GROUP, PAGE, OWNED, PAGES = 6, 4, 4, 12, 56
 CHUNK, TOKENS = 10, 24
 PLAIN, TIGHT, FULL = GROUP, GROUP + 5, GROUP * (G + 1)
 """Budgets: no drafts, a few, all."""
+HELD_BACK = 0
+"""No drafts either, but the draft does not hear of the rows before `Server.tell`."""
 QWEN3 = Qwen3Config(
     vocab_size=V,
     hidden_size=16,
@@ -84,6 +85,7 @@ class Models(NamedTuple):
     weights: Weights
     rounds: dict[int, Callable[..., tuple[SlotState, Result]]]
     prefill: Callable[..., SlotState]
+    catch_up: Callable[..., SlotState]
     scrub: Callable[..., SlotState]
 
 
@@ -133,18 +135,29 @@ def models(name: str) -> Models:
         budget: jax.jit(partial(_round, partial(serve_round, *both), budget))
         for budget in (TIGHT, FULL)
     }
-    rounds[PLAIN] = jax.jit(partial(plain_round, *both))
+    rounds[HELD_BACK] = jax.jit(partial(plain_round, *both))
+    rounds[PLAIN] = jax.jit(partial(_heard_round, *both))
     return Models(
         *both,
         jax.jit(prepared)(),
         rounds,
         jax.jit(partial(prefill_pages, *both)),
+        jax.jit(partial(catch_up, *both)),
         jax.jit(partial(scrub, *both)),
     )
 
 
 def _round(serve: Callable[..., Any], budget: int, *given: Any) -> Any:
     return serve(*given, budget)
+
+
+def _heard_round(
+    target: Target, draft: Draft, weights: Weights, state: SlotState, control: Control, edits: Edits
+) -> tuple[SlotState, Result]:
+    """A plain round, and the draft hears of it at once."""
+    state, result = plain_round(target, draft, weights, state, control, edits)
+    behind = Behind(control.slot, jnp.ones_like(control.slot), control.pages)
+    return catch_up(target, draft, weights, state, behind), result
 
 
 def no_edits() -> Edits:
@@ -240,6 +253,15 @@ class Server:
         for x in rows:
             x.fresh = False
         return jax.tree.map(np.asarray, result)
+
+    def tell(self, members: Sequence["Member"], rows: Sequence[int]) -> None:
+        """The draft hears of the last rows that were held back."""
+        room = GROUP - len(members)
+        slots = [*(x.slot for x in members), *room * [SLOTS]]
+        pages = [*(x.pages for x in members), *room * [np.zeros(OWNED, np.int32)]]
+        given = np.array(slots), np.array([*rows, *room * [0]]), np.stack(pages)
+        behind = Behind(*(jnp.asarray(x, jnp.int32) for x in given))
+        self.state = self.models.catch_up(self.weights, self.state, behind)
 
 
 class Member:

@@ -42,6 +42,13 @@ class Table(NamedTuple):
     aux: Array
 
 
+class Described(NamedTuple):
+    """As much of a target's config as decoding reads."""
+
+    aux_layer_ids: tuple[int, ...] = (1,)
+    hidden_size: int = HIDDEN
+
+
 def table_target() -> Target:
     """A target whose cache holds its tokens: stale or missing rows change its answers."""
 
@@ -56,7 +63,7 @@ def table_target() -> Target:
         raise AssertionError("decoding needs only extend and logits")
 
     return Target(
-        config=None,
+        config=Described(),
         forward=missing,
         trace=missing,
         unembed=missing,

@@ -25,7 +25,7 @@ class Recorder:
     """Programs that only remember what they were asked for."""
 
     control, edits, shapes = Programs.control, Programs.edits, Programs.shapes
-    program, chooses = Programs.program, Programs.chooses
+    behind, program, chooses = Programs.behind, Programs.program, Programs.chooses
 
     def __init__(self, stopping: bool = False) -> None:
         self.sizes, self.calls, self.stopping = SIZES, list[Any](), stopping
@@ -37,6 +37,9 @@ class Recorder:
     def prefill(self, tokens: Any, *given: Any) -> int:
         self.calls.append(("prefill", (np.array(tokens), *given)))
         return len(tokens)
+
+    def catch_up(self, behind: Any) -> None:
+        self.calls.append(("catch up", jax.tree.map(np.array, behind)))
 
     def clean(self, pages: Any) -> None:
         self.calls.append(("clean", pages))
@@ -79,6 +82,8 @@ def test_followers_make_every_call_with_the_same_arrays(stopping: bool) -> None:
         leading.round(shape, control, edits)
     assert leading.prefill(np.arange(100, dtype=np.int32), 24, (3, 1, 2)) == SIZES.chunks[-1]
     leading.prefill(np.array([7], np.int32), 0, (9,))
+    for group in SIZES.groups:
+        leading.catch_up(drawn(leading.behind(group), group))
     leading.clean((5, 6))
     leading.clean(())
     leading.reset()
