@@ -65,6 +65,7 @@ def server(kind: str, given: argparse.Namespace) -> Iterator[str]:
         *(sys.executable, "-m", "dspark_jax.serve", "--port", "0"),
         *("--max-num-seqs", str(max(given.concurrency)), "--max-model-len", "1024"),
         *("--speculative-config", json.dumps(KINDS[kind]), "--no-enable-prefix-caching"),
+        "--profile-again",
         *(("--checkpoint", given.checkpoint) if given.checkpoint else ()),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
