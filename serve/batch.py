@@ -207,7 +207,7 @@ class Batch:
             act(sequence, *given)
         except Exception as error:
             LOG.exception("an answer failed")
-            if sequence.finish is None:
+            if sequence.finish is None or sequence.slot is not None:
                 self.end(sequence, "error", f"the server failed at it ({type(error).__name__})")
 
     def _fill(

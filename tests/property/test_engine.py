@@ -301,3 +301,24 @@ def test_a_failed_step_ends_its_answers_and_the_next_ones_are_served(
     assert not server.engine.ready
     with pytest.raises(BusyError):
         server.ask("late", PROMPTS[1])
+
+
+def test_a_fault_on_the_host_ends_one_answer_and_no_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    """At the worst moment: the answer is complete, and its slot and pages are not given back."""
+    publish = server.pages.publish
+
+    def failing(pages: Any, tokens: Any, salt: str) -> None:
+        if salt == "doomed" and len(tokens) >= len(PROMPTS[0]):
+            raise RuntimeError("planted")
+        publish(pages, tokens, salt)
+
+    monkeypatch.setattr(server.pages, "publish", failing)
+    server.ask("doomed", PROMPTS[0], cache_salt="doomed")
+    server.ask("well", PROMPTS[1])
+    assert server.answer("well") == server.plain(PROMPTS[1])
+    server.answer("doomed")
+    assert server.heard["doomed"][-1].finish == "error"
+    assert "RuntimeError" in (server.heard["doomed"][-1].error or "")
+    assert server.settled()
