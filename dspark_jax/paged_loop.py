@@ -164,19 +164,8 @@ def stopping_round(
         active = jnp.sum(drafted.active, dtype=jnp.int32)
         wanted = worth_verifying(drafted.chance, drafted.cap, active, control.seconds)
         chosen = jnp.searchsorted(jnp.array(budgets), active + wanted)
-
-    def verify(
-        budget: int,
-        weights: Weights,
-        state: SlotState,
-        control: Control,
-        edits: Edits | None,
-        drafted: Drafted,
-    ) -> tuple[SlotState, Result]:
-        return verify_round(target, draft, weights, state, control, edits, drafted, budget)
-
-    branches = [partial(verify, budget) for budget in budgets]
-    return jax.lax.switch(chosen, branches, weights, state, control, edits, drafted)
+    verify = partial(verify_round, target, draft, weights, state, control, edits, drafted)
+    return jax.lax.switch(chosen, [partial(verify, budget) for budget in budgets])
 
 
 def draft_round(draft: Draft, weights: Weights, state: SlotState, control: Control) -> Drafted:
