@@ -1,0 +1,1 @@
+"""Rejection sampling of a drafted block over the vocabulary in one pass."""

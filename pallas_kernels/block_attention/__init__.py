@@ -1,0 +1,1 @@
+"""Attention of a drafted block over the paged context and itself."""

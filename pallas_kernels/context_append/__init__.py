@@ -1,0 +1,1 @@
+"""A draft's context keys and values, projected from target states and written to pages."""

@@ -1,0 +1,1 @@
+"""Products with matrices in FP8 that have one scale per block."""

@@ -1,0 +1,1 @@
+"""Attention of rows to verify over the compressed latents of their sequence."""
