@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from dspark_jax.paged_loop import HELD, Control, Result
 from dspark_jax.serve.editing import fill
+from dspark_jax.serve.expected import Expected
 from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
 from dspark_jax.serve.metrics import Metrics
 from dspark_jax.serve.pages import Pages
@@ -21,8 +22,6 @@ from dspark_jax.serve.sequence import Sequence
 from dspark_jax.truncation import Edits
 
 LOG = logging.getLogger(__name__)
-LEARNING = 0.05
-"""How much a round's time changes what its kind is known to take."""
 
 
 class Round(NamedTuple):
@@ -51,13 +50,13 @@ class Batch:
         policy: Policy,
         ends: frozenset[int],
         metrics: Metrics,
-        seconds: dict[Shape, float],
+        seconds: Mapping[Shape, float],
         rating: Rating,
         draft_greedily: bool = False,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
         self.ends, self.draft_greedily = ends, draft_greedily
-        self.metrics, self.seconds, self.rating = metrics, seconds, rating
+        self.metrics, self.expected, self.rating = metrics, Expected(seconds), rating
         self._heard, self._undisturbed = 0.0, True
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -142,7 +141,8 @@ class Batch:
         control = self.programs.control(shape.group, shape.pages)
         control.slope[:], control.intercept[:] = self.rating.slope, self.rating.intercept
         if self.programs.chooses(shape):
-            control = control._replace(seconds=self._curve(shape))
+            budgets = self.programs.sizes.budgets(shape.group)[1:]
+            control = control._replace(seconds=self.expected.curve(shape, budgets))
         edits = self.programs.edits(shape.group) if shape.edited else None
         for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
             self._alone(sequence, self._fill, control, edits, row, cap)
@@ -180,19 +180,9 @@ class Batch:
         choice = (budgets[0], budgets[-1]) if edited and len(budgets) > 1 else budgets
         held = max(len(s.pages) for s in chosen)
         pages = sizes.longest if edited else next(p for p in sizes.contexts if p >= held)
-        costs = {b: self.seconds.get(Shape(group, b, pages, False), 0.0) for b in choice}
+        costs = {b: self.expected.of(Shape(group, b, pages, False)) for b in choice}
         budget = self.policy.budget(costs, [s.chance for s in chosen], caps)
         return self.programs.program(Shape(group, budget, pages, edited)), caps
-
-    def _curve(self, program: Shape) -> np.ndarray:
-        """What rounds of so many rows take: as measured, and in between on straight lines.
-
-        On the stairs that they are, the first row of a step would pay for all of it and never come.
-        """
-        budgets = self.programs.sizes.budgets(program.group)[1:]
-        took = [self.seconds[program._replace(budget=budget)] for budget in budgets]
-        rows = np.arange(1 + program.budget)
-        return np.interp(rows, budgets, np.maximum.accumulate(took)).astype(np.float32)
 
     def _ran(self, program: Shape, rows: int) -> Shape:
         """The shape of a round that verified so many rows, where its program chose."""
@@ -280,8 +270,8 @@ class Batch:
             {"round": seconds},
         )
         self._heard = heard
-        if shape in self.seconds and round_.undisturbed:
-            self.seconds[shape] += LEARNING * (seconds - self.seconds[shape])
+        if round_.undisturbed:
+            self.expected.took(shape, seconds)
         for row, sequence in enumerate(round_.sequences):
             sequence.rounds -= 1
             if sequence.finish is None:

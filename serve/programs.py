@@ -28,7 +28,7 @@ from dspark_jax.sharding import target_mesh
 from dspark_jax.truncation import Edits, Truncation
 from dspark_jax.types import Draft, Rows, Target
 
-SHORTEST_CONTEXT, NARROWING = 256, 8
+SHORTEST_CONTEXT, NARROWING = 256, 4
 """Attention over all that a sequence could hold is for those that hold it: every context is this
 many times narrower than the next, as long as it holds so many rows."""
 
@@ -65,11 +65,14 @@ class Sizes:
         return (*powers, self.slots)
 
     def budgets(self, group: int) -> tuple[int, ...]:
-        """Verified rows of a round of `group` sequences; the first drafts nothing."""
+        """Verified rows of a round of `group` sequences; the first drafts nothing.
+
+        Two rows of a sequence cost nearly what four do, and every budget is a program to compile.
+        """
         width = self.verified + 1
         if width == 1:
             return (group,)
-        parts = [group * m for m in (1, 2, 4, 8, 16) if m == 1 or 4 * m < 3 * width]
+        parts = [group * m for m in (1, 4, 16) if m == 1 or 4 * m < 3 * width]
         return (*parts, group * width)
 
 

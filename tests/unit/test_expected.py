@@ -1,0 +1,59 @@
+"""What rounds are expected to take follows what they take, for kinds that never ran too."""
+
+import pytest
+
+from dspark_jax.serve.expected import LEAST, Expected
+from dspark_jax.serve.programs import Shape
+
+PLAIN, SOME, ALL = (Shape(1, budget, 4, False) for budget in (1, 4, 9))
+MEASURED = {PLAIN: 1.0, SOME: 2.0, ALL: 3.0}
+
+
+def heard(expected: Expected, shape: Shape, seconds: float, times: int) -> None:
+    for _ in range(times):
+        expected.took(shape, seconds)
+
+
+def test_at_first_it_is_what_was_measured():
+    assert [Expected(MEASURED).of(shape) for shape in MEASURED] == [1.0, 2.0, 3.0]
+
+
+def test_a_kind_that_runs_is_expected_to_take_what_it_takes():
+    expected = Expected(MEASURED)
+    heard(expected, PLAIN, 5.0, 200)
+    assert expected.of(PLAIN) == pytest.approx(5.0)
+
+
+def test_what_serving_adds_is_expected_of_kinds_that_never_ran():
+    expected = Expected(MEASURED)
+    heard(expected, PLAIN, 2.0, 200)
+    assert expected.of(ALL) > 3.4, "a busy host was taken for dear plain rounds"
+
+
+def test_kinds_that_all_run_are_told_apart():
+    expected = Expected(MEASURED)
+    for _ in range(400):
+        expected.took(PLAIN, 1.5)
+        expected.took(ALL, 9.0)
+    assert expected.of(PLAIN) == pytest.approx(1.5, rel=0.05)
+    assert expected.of(ALL) == pytest.approx(9.0, rel=0.05)
+
+
+def test_nothing_is_expected_to_cost_next_to_nothing():
+    expected = Expected(MEASURED)
+    heard(expected, ALL, 0.01, 500)
+    assert expected.of(PLAIN) == pytest.approx(LEAST)
+
+
+def test_what_was_not_measured_is_not_learnt():
+    expected = Expected({})
+    expected.took(PLAIN, 1.0)
+    assert expected.of(PLAIN) == 0.0 and expected.beyond == 0.0
+
+
+def test_the_curve_is_straight_between_budgets_and_never_falls():
+    expected = Expected(MEASURED | {SOME: 4.0})
+    curve = expected.curve(ALL, (4, 9))
+    assert len(curve) == 10
+    assert curve[4] == 4.0 and curve[9] == 4.0, "more rows cannot be expected to take less"
+    assert Expected(MEASURED).curve(ALL, (4, 9))[6] == pytest.approx(2.4)
