@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from dspark_jax import ops
 from dspark_jax.cache import Cached
 from dspark_jax.config import DraftConfig
-from dspark_jax.draft_layer import DecoderLayer, block_mask
+from dspark_jax.draft_layer import DecoderLayer
 from dspark_jax.drafter import Drafter, base_logits, block_positions
 from dspark_jax.heads import ConfidenceHead, MarkovHead
-from dspark_jax.layers import matmul, product, rms_norm, rope_angles, rotate_half
+from dspark_jax.layers import matmul, rms_norm, rope_angles, rotate_half
 from dspark_jax.sampling import choose, sampling_noise
 from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import members
@@ -91,8 +92,8 @@ def lay_out(layer: DecoderLayer) -> LayerWeights:
 def init_draft_cache(
     config: DraftConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32
 ) -> DraftCache:
-    """An empty cache of `capacity` context rows per sequence."""
-    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    """An empty cache of `capacity` context rows per sequence, as wide as its kernels read them."""
+    shape = (batch, config.num_key_value_heads, capacity, ops.row_width(config.head_dim))
     layers = range(config.num_hidden_layers)
     return DraftCache(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in "kv"))
 
@@ -114,13 +115,18 @@ def extend_context(
     context = matmul(rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps), decoder.context)
     parts = context.reshape(*position.shape, config.num_hidden_layers, 2, -1, config.head_dim)
     angle = rope_angles(position, config.head_dim, config.rope_theta)
-    rows = Rows(position, position, pages)
+    rows, behind = Rows(position, position, pages), cache.k[0].shape[-1] - config.head_dim
     keys, values = [], []
     for i, layer in enumerate(decoder.layers):
         key = rms_norm(parts[:, :, i, 0], layer.key_norm, config.rms_norm_eps)
-        keys.append(rotate_half(key, angle))
-        values.append(parts[:, :, i, 1])
+        keys.append(_widened(rotate_half(key, angle), behind))
+        values.append(_widened(parts[:, :, i, 1], behind))
     return Cached(cache, rows).write_heads(DraftCache(tuple(keys), tuple(values))).arrays
+
+
+def _widened(x: Float[Array, "B S Hk d"], behind: int) -> Float[Array, "B S Hk wide"]:
+    """Heads as the cache holds them, with zeros behind them where its rows are wider."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, behind))) if behind else x
 
 
 def run_block(
@@ -141,17 +147,15 @@ def run_block(
     masks = jnp.full((anchor.shape[0], K - 1), config.mask_token_id, anchor.dtype)
     tokens = jnp.concatenate([anchor[:, None], masks], axis=1)
     angle = rope_angles(block_positions(length, K), config.head_dim, config.rope_theta)
-    context = Cached(cache, Rows(tokens, tokens, pages)).read_heads()
-    row = jnp.arange(context.k[0].shape[2])
-    seen = row < length[:, None]
     x = spread.embed(frozen.embed, tokens).astype(decoder.fc.dtype)
-    described = zip(
-        decoder.layers, context.k, context.v, config.windows, config.causal, strict=True
-    )
+    described = zip(decoder.layers, cache.k, cache.v, config.windows, config.causal, strict=True)
     for layer, keys, values, window, causal in described:
-        near = seen if window is None else seen & (row >= length[:, None] - window)
         normed = rms_norm(x, layer.norm, eps)
-        attended = attend(config, layer, normed, angle, (keys, values), near, block_mask(K, causal))
+        query, key, value = project(config, layer, normed, angle, keys.shape[1])
+        with jax.named_scope("block_attention"):
+            attended = ops.block_attention(
+                query, key, value, keys, values, pages, length, window=window, causal=causal
+            ).reshape(*normed.shape[:2], -1)
         x = x + spread.sum(matmul(attended, layer.out))
         gate, up = jnp.split(matmul(rms_norm(x, layer.mlp_norm, eps), layer.mlp_into), 2, axis=-1)
         x = x + spread.sum(matmul(jax.nn.silu(gate) * up, layer.mlp_down))
@@ -159,38 +163,21 @@ def run_block(
     return hidden, spread.columns(base_logits(frozen, hidden[:, -config.draft_length :]))
 
 
-def attend(
+def project(
     config: DraftConfig,
     layer: LayerWeights,
     normed: Float[Array, "B K D"],
     angle: Float[Array, "B K half"],
-    context: tuple[Float[Array, "B Hk C d"], Float[Array, "B Hk C d"]],
-    context_seen: Bool[Array, "B C"],
-    block_seen: Bool[Array, "K K"],
-) -> Float[Array, "B K n"]:
-    """Softmax attention of a block's slots over their context and one another."""
+    shared: int,
+) -> tuple[Float[Array, "B K H d"], Float[Array, "B K Hk d"], Float[Array, "B K Hk d"]]:
+    """A block's queries, keys and values, of which this device has `shared` key heads."""
     (B, K, _), dim = normed.shape, config.head_dim
-    shared = context[0].shape[1]
     heads = shared * (config.num_attention_heads // config.num_key_value_heads)
     into = matmul(normed, layer.into).reshape(B, K, -1, dim)
     query, key, value = jnp.split(into, [heads, heads + shared], axis=2)
     query = rotate_half(rms_norm(query, layer.query_norm, config.rms_norm_eps), angle)
     key = rotate_half(rms_norm(key, layer.key_norm, config.rms_norm_eps), angle)
-    query = query.reshape(B, K, shared, heads // shared, dim)
-    over_context = product("bkhgd,bhcd->bhgkc", query, context[0])
-    over_block = product("bkhgd,bjhd->bhgkj", query, key)
-    scores = jnp.concatenate(
-        [
-            jnp.where(context_seen[:, None, None, None], over_context, -jnp.inf),
-            jnp.where(block_seen, over_block, -jnp.inf),
-        ],
-        axis=-1,
-    )
-    probs = jax.nn.softmax(scores * dim**-0.5, axis=-1).astype(normed.dtype)
-    on_context, on_block = jnp.split(probs, [context[0].shape[2]], axis=-1)
-    out = product("bhgkc,bhcd->bhgkd", on_context, context[1])
-    out = out + product("bhgkj,bjhd->bhgkd", on_block, value)
-    return jnp.moveaxis(out, 3, 1).astype(normed.dtype).reshape(B, K, -1)
+    return query, key, value
 
 
 def draft_block(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 Choice = Literal["auto", "pallas", "reference"]
 """auto: kernels where there are some for the device and the shapes. pallas: an error where there
@@ -21,6 +23,9 @@ are none; without an accelerator, interpreted. reference: never."""
 PACKAGE = "dspark_jax.pallas_kernels"
 CAPABILITIES = {"9.0": "sm_90a", "10.0": "sm_100a", "10.3": "sm_103a"}
 """GPUs there are kernels for: their compute capability, and what it is compiled for."""
+
+LANES = 128
+"""Of a TPU's registers."""
 
 _log = logging.getLogger("dspark_jax.ops")
 
@@ -67,24 +72,58 @@ def picked() -> Mapping[str, str]:
     return dict(_Chosen.picked)
 
 
-def run(op: str, *arrays: Any, **settings: Any) -> Any:
-    """The op's result, by the kernel or the reference that `pick` names."""
-    return pick(op, *arrays, **settings)(*arrays, **settings)
+def block_attention(
+    query: Float[Array, "B K H d"],
+    key: Float[Array, "B K Hk d"],
+    value: Float[Array, "B K Hk d"],
+    context_key: Float[Array, "N Hk size wide"],
+    context_value: Float[Array, "N Hk size wide"],
+    pages: Int[Array, "B P"] | None,
+    length: Int[Array, "B"],
+    *,
+    window: int | None,
+    causal: bool,
+) -> Float[Array, "B K H d"]:
+    """What a drafted block's slots take from their context and their block: see its reference."""
+    op, how = "block_attention", {"window": window, "causal": causal}
+    table = jnp.arange(len(query))[:, None] if pages is None else pages
+    given = (query, key, value, context_key, context_value)
+    picked = pick(op, *given, table, length, **how)
+    # One page per sequence, read where it lies, is no gathering of pages.
+    return picked.function(*given, table if picked.is_kernel else pages, length, **how)
 
 
-def pick(op: str, *arrays: Any, **settings: Any) -> Callable[..., Any]:
-    """What runs the op on these arrays. Raises ValueError where kernels are demanded in vain."""
+def row_width(size: int) -> int:
+    """How wide a cache row of `size` numbers is: a TPU copies none but whole registers' widths."""
+    wanted = backend_of(default_device(), _Chosen.choice).file == "tpu"
+    return -(-size // LANES) * LANES if wanted and default_device().platform == "tpu" else size
+
+
+class Picked(NamedTuple):
+    """What runs an op."""
+
+    function: Callable[..., Any]
+    is_kernel: bool
+
+
+def pick(op: str, *arrays: Any, **settings: Any) -> Picked:
+    """What runs `op` ("package", or "package.function") on these arrays.
+
+    Raises ValueError where kernels are demanded in vain.
+    """
     backend = backend_of(default_device(), _Chosen.choice)
+    package, _, function = op.partition(".")
     kernel, why_not = None, backend.why_not
     if backend.file is not None:
-        kernel, why_not = _kernel(op, backend, arrays, settings)
+        kernel, why_not = _kernel(package, function or package, backend, arrays, settings)
     if kernel is not None:
         _say(op, f"{backend.file} kernel")
-        return kernel
+        return Picked(kernel, True)
     if _Chosen.choice == "pallas":
         raise ValueError(f"no kernel runs {op} here: {why_not}; use --kernels auto.")
     _say(op, f"reference ({why_not})")
-    return getattr(importlib.import_module(f"{PACKAGE}.{op}.reference"), op)
+    reference = importlib.import_module(f"{PACKAGE}.{package}.reference")
+    return Picked(getattr(reference, function or package), False)
 
 
 def default_device() -> Any:
@@ -109,10 +148,14 @@ def backend_of(device: Any, choice: Choice) -> Backend:
 
 
 def _kernel(
-    op: str, backend: Backend, arrays: tuple[Any, ...], settings: Mapping[str, Any]
+    package: str,
+    function: str,
+    backend: Backend,
+    arrays: tuple[Any, ...],
+    settings: Mapping[str, Any],
 ) -> tuple[Callable[..., Any] | None, str]:
     """The backend's kernel, or why it does not run these arrays."""
-    name = f"{PACKAGE}.{op}.{backend.file}"
+    name = f"{PACKAGE}.{package}.{backend.file}"
     if importlib.util.find_spec(name) is None:
         return None, f"none is written for a {backend.file}"
     module = importlib.import_module(name)
@@ -121,7 +164,7 @@ def _kernel(
         return None, why_not.rstrip(".")
 
     def kernel(*arrays: Any, **settings: Any) -> Any:
-        return getattr(module, op)(*arrays, **settings, **backend.told)
+        return getattr(module, function)(*arrays, **settings, **backend.told)
 
     return kernel, ""
 

@@ -11,7 +11,7 @@ def block_attention(
     value: Float[Array, "B K Hk d"],
     context_key: Float[Array, "N Hk size wide"],
     context_value: Float[Array, "N Hk size wide"],
-    pages: Int[Array, "B P"],
+    pages: Int[Array, "B P"] | None,
     length: Int[Array, "B"],
     *,
     window: int | None,
@@ -22,12 +22,12 @@ def block_attention(
     Row c of a sequence's context is `context[pages[b, c // size], :, c % size]`; those before
     `length` are seen, of them with `window` the last `window` only. Slots see their whole block,
     or what is not after them when `causal`. Queries and keys are normed and rotated already; the
-    H / Hk query heads that share a key head are neighbours. A contiguous cache is one page per
-    sequence. A context may be wider than a head, with zeros behind its d numbers: a TPU keeps rows
+    H / Hk query heads that share a key head are neighbours. Without `pages` sequence b has page b
+    alone. A context may be wider than a head, with zeros behind its d numbers: a TPU keeps rows
     in one place only if they are multiples of 128 wide.
     """
     (B, K, H, d), shared = query.shape, key.shape[2]
-    keys, values = (side_by_side(x[pages])[..., :d] for x in (context_key, context_value))
+    keys, values = (_rows(x, pages)[..., :d] for x in (context_key, context_value))
     row = jnp.arange(keys.shape[2])
     seen = row < length[:, None]
     if window is not None:
@@ -49,6 +49,12 @@ def block_attention(
     out = _product("bhgkc,bhcd->bhgkd", on_context, values)
     out = out + _product("bhgkj,bjhd->bhgkd", on_block, value)
     return jnp.moveaxis(out, 3, 1).astype(query.dtype).reshape(B, K, H, d)
+
+
+def _rows(
+    context: Shaped[Array, "N Hk size wide"], pages: Int[Array, "B P"] | None
+) -> Shaped[Array, "B Hk C wide"]:
+    return context if pages is None else side_by_side(context[pages])
 
 
 def side_by_side(pages: Shaped[Array, "B P Hk size wide"]) -> Shaped[Array, "B Hk C wide"]:
