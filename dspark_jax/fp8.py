@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 from numpy.typing import DTypeLike
 
+from dspark_jax import ops
+
 LARGEST = 448.0
 """Of e4m3fn, which has no infinity: JAX turns what exceeds 464 into NaN."""
 SMALLEST_MAXIMUM = 1e-10
@@ -101,25 +103,10 @@ def quantise_activations(x: Float[Array, "*lead T i"], group: int = 128) -> Bloc
 
 
 def matmul(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array, "*rows o"]:
-    """W8A16: `x @ kernel`, accumulated in float32 and returned in x's type.
-
-    For many rows the kernel is dequantised to x's type once. For few, which cost no more than the
-    bytes of the kernel, a dequantised copy would cost five times those: blocks of rows are
-    multiplied as they are stored, and the products scaled in float32.
-    """
-    rows = x.size // x.shape[-1]
-    if rows > FEW_ROWS:
-        plain = dequantise(kernel, x.dtype)
-        return jnp.matmul(x, plain, preferred_element_type=jnp.float32).astype(x.dtype)
-
-    def product(x: Array, block: Array) -> Array:
-        return jnp.matmul(x, block.astype(x.dtype), preferred_element_type=jnp.float32)
-
-    def scale(scales: Array) -> Array:
-        return scales
-
-    wide = _by_blocks(x.reshape(rows, -1), kernel, product, scale)
-    return wide.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    """W8A16: `x @ kernel`, accumulated in float32 and returned in x's type."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = ops.fp8_matmul(flat, kernel.values, kernel.scales, kernel.layer, block=kernel.block)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def ragged_matmul(
@@ -180,21 +167,10 @@ def _by_blocks(
 
 
 def matmul_w8a8(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array, "*rows o"]:
-    """W8A8: `x @ kernel` with x quantised too, in groups as long as the kernel's blocks are high.
-
-    The portable reference: each block's products are exact and summed in float32, then scaled and
-    summed in float32. Holds ceil(i / rows) partial results at a time.
-    """
-    kernel = alone(kernel)
-    (size_in, size_out), (rows, columns) = kernel.shape, kernel.block
-    tokens = quantise_activations(x.reshape(-1, size_in), rows)
-    # bfloat16 holds every e4m3 number, and every accelerator multiplies it exactly.
-    left = _cut(tokens.values, (1, rows))[:, 0].astype(jnp.bfloat16)
-    right = _cut(kernel.values, (rows, size_out))[:, :, 0].astype(jnp.bfloat16)
-    partial = jnp.einsum("mkc,kcn->kmn", left, right, preferred_element_type=jnp.float32)
-    scales = _spread(kernel.scales, (1, columns), (len(kernel.scales), size_out))
-    y = jnp.sum(partial * tokens.scales.T[:, :, None] * scales[:, None], axis=0)
-    return y.reshape(*x.shape[:-1], size_out).astype(x.dtype)
+    """W8A8: `x @ kernel`, x quantised too, in groups as long as the kernel's blocks are high."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = ops.fp8_matmul_w8a8(flat, kernel.values, kernel.scales, kernel.layer, block=kernel.block)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _cut(x: Float[Array, "*lead i o"], block: Block) -> Float[Array, "*lead k r n c"]:

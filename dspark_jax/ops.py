@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 Choice = Literal["auto", "pallas", "reference"]
 """auto: kernels where there are some for the device and the shapes. pallas: an error where there
@@ -91,6 +91,32 @@ def block_attention(
     picked = pick(op, *given, table, length, **how)
     # One page per sequence, read where it lies, is no gathering of pages.
     return picked.function(*given, table if picked.is_kernel else pages, length, **how)
+
+
+def fp8_matmul(
+    x: Float[Array, "R i"],
+    values: Float8e4m3fn[Array, "*stack i o"],
+    scales: Float[Array, "*stack k n"],
+    layer: Int[Array, ""] | None,
+    *,
+    block: tuple[int, int],
+) -> Float[Array, "R o"]:
+    """Rows times a block-scaled matrix, or one of a stack: see its reference."""
+    given = (x, values, scales, layer)
+    return pick("fp8_matmul", *given, block=block).function(*given, block=block)
+
+
+def fp8_matmul_w8a8(
+    x: Float[Array, "R i"],
+    values: Float8e4m3fn[Array, "*stack i o"],
+    scales: Float[Array, "*stack k n"],
+    layer: Int[Array, ""] | None,
+    *,
+    block: tuple[int, int],
+) -> Float[Array, "R o"]:
+    """The same with the rows quantised too."""
+    given = (x, values, scales, layer)
+    return pick("fp8_matmul.fp8_matmul_w8a8", *given, block=block).function(*given, block=block)
 
 
 def row_width(size: int) -> int:
