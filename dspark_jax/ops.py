@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,8 @@ class _Chosen:
 
 
 def use(choice: Choice) -> None:
-    """Settle the choice for this process, before any program is traced. Raises ValueError."""
-    if choice not in get_args(Choice):
-        raise ValueError(
-            f"kernels {choice!r} are unknown; use one of {', '.join(get_args(Choice))}."
-        )
-    _Chosen.choice = choice
+    """Settle the choice for this process, before any program is traced."""
+    _Chosen.choice, _Chosen.picked = choice, {}
 
 
 @contextlib.contextmanager
@@ -70,6 +66,11 @@ def using(choice: Choice) -> Iterator[None]:
 def picked() -> Mapping[str, str]:
     """What every op that was traced so far runs as, last pick first: "tpu kernel", or why not."""
     return dict(_Chosen.picked)
+
+
+def told(picks: Mapping[str, str]) -> str:
+    """Such picks in one line."""
+    return "; ".join(f"{op}: {how}" for op, how in picks.items()) or "no op was traced"
 
 
 def block_attention(

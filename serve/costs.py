@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from dspark_jax import __version__
+from dspark_jax import __version__, ops
 from dspark_jax.serve.models import Loaded
 from dspark_jax.serve.programs import Shape, Sizes
 
@@ -35,6 +35,7 @@ def made_for(loaded: Loaded, sizes: Sizes, dtype: str, schedule: str) -> dict[st
         "cores": os.cpu_count(),
         "dtype": dtype,
         "schedule": schedule,
+        "kernels": dict(ops.picked()),
         "sizes": _plain(asdict(sizes)),
         "versions": {"jax": jax.__version__, "dspark_jax": __version__},
     }

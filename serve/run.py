@@ -21,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from dspark_jax import ops
 from dspark_jax.hosts import check_same, leading, together
 from dspark_jax.serve.build import Built, build, choose_sizes, compiled, plan, told
 from dspark_jax.serve.calibrating import check_draft, prepared, prompts_of, run_calibration
@@ -49,6 +50,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     if settings.calibrate:
         settings, speculation = prepared(settings, speculation)
     check_alike(settings, speculation)
+    ops.use(settings.kernels)
     mesh = serving_mesh(settings.data_parallel_size, settings.tensor_parallel_size)
     listens = settings.prompt is None and not settings.calibrate and leading()
     listening = together(lambda: bind(settings.host, settings.port) if listens else None)
@@ -75,6 +77,7 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
         compiling = progress.add_task("compiling programs")
         show = partial(_show, progress, compiling)
         programs = compiled(loaded, sizes, speculation, show)
+    console.print(f"kernels: {ops.told(ops.picked())}", style="dim", soft_wrap=True)
     if isinstance(line, Line):
         return followed(programs, line)
     steps = programs if line is None else Leading(programs, line)

@@ -53,6 +53,9 @@ class ServeSettings:
     """Groups of such devices; all of them share the target's experts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: as stored, float32 on a CPU."""
+    kernels: Literal["auto", "pallas", "reference"] = "auto"
+    """auto: kernels where there are some for the device; pallas: an error where there are none (on
+    a CPU they are interpreted, very slowly); reference: what XLA makes of the plain formulas."""
     seed: int = 0
     """Of the answer to --prompt; requests name their own, or get one by chance."""
     api_key: str | None = None

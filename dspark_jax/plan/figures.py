@@ -1,6 +1,7 @@
 """A plan's numbers: what is printed, and written as JSON."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class Plan(NamedTuple):
     memory: Memory
     plain: Step
     speculative: Step
+    kernels: Mapping[str, str] = {}
+    """What every op of the steps runs as."""
 
     @property
     def data(self) -> int:
@@ -100,6 +103,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "total": m.total,
             "available": m.available,
         },
+        "kernels": dict(plan.kernels),
         "fits": m.fits,
         "would_fit": None if m.fits else plan.remedies._asdict(),
         "tokens_per_second": {

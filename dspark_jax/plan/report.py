@@ -5,6 +5,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Column, Table
 
+from dspark_jax.ops import told
 from dspark_jax.plan.bounds import sent_bytes
 from dspark_jax.plan.excess import excesses
 from dspark_jax.plan.figures import TOLERANCE, Plan, Step
@@ -41,6 +42,7 @@ def heading(plan: Plan) -> str:
         f"{draft.draft_length} tokens on {plan.machine.name}: {plan.machine.devices} devices as "
         f"{plan.data} data x {plan.tensor} tensor; batch {s.batch}, context {s.context:,}\n"
         f"{sharing(plan)}\n"
+        f"kernels: {told(plan.kernels)}\n"
         f"peaks of a device: {chip.bytes_per_second / 1e12:.2f} TB/s of memory, "
         f"{chip.bf16_flops / 1e12:,.0f} TFLOP/s in bfloat16, {chip.fp8_flops / 1e12:,.0f} in FP8, "
         f"{shown(chip.interconnect_bytes_per_second)}/s to others"

@@ -8,6 +8,7 @@ import jax
 from jax.errors import JaxRuntimeError
 from rich.console import Console
 
+from dspark_jax import ops
 from dspark_jax.draft_weights import parameter_table
 from dspark_jax.plan.chips import Machine, parse_machine
 from dspark_jax.plan.figures import Plan, Step, write_json
@@ -47,6 +48,7 @@ def run(settings: PlanSettings) -> Plan:
 def make_plan(settings: PlanSettings) -> Plan:
     """Compile both steps and account them. Raises ValueError."""
     check(settings)
+    ops.use(settings.kernels)
     machine = parse_machine(settings.mesh)
     models = find_models(settings.target, settings.draft)
     tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, models)
@@ -62,7 +64,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     fast_step, memory = measure(
         machine, settings, fast, (target, drafter), settings.acceptance_length
     )
-    return Plan(settings, machine, models, tensor, memory, plain_step, fast_step)
+    return Plan(settings, machine, models, tensor, memory, plain_step, fast_step, ops.picked())
 
 
 def measure(

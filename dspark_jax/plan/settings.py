@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class PlanSettings:
     """Devices that share one sequence's work; such groups share the batch. None chooses."""
     draft: str | None = None
     """Folder of a draft checkpoint; None takes the recipe's for this target."""
+    kernels: Literal["auto", "pallas", "reference"] = "auto"
+    """auto: kernels where there are some for the chip and the shapes; pallas: an error where there
+    are none; reference: what XLA makes of the plain formulas."""
     operations: int = 8
     """Dearest operations to list."""
     json: Path | None = None
