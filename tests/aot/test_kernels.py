@@ -1,0 +1,48 @@
+"""Without hardware: the attention and context kernels compile for every TPU, at full size."""
+
+from functools import partial
+
+import pytest
+
+from dspark_jax.pallas_kernels.block_attention import tpu as block_attention
+from tests.aot.compile import MARKS, TOPOLOGIES, Kernel, compile_kernel, shape, vmem_bytes
+
+pytestmark = MARKS
+
+BATCH, CONTEXT = 64, 16384
+
+
+def block(
+    K: int, H: int, Hk: int, d: int, size: int, window: int | None = None, batch: int = BATCH
+) -> Kernel:
+    """Block attention over contexts of 16384 rows in pages of `size`."""
+    cache = shape(batch * CONTEXT // size, Hk, size, -(-d // 128) * 128)
+    own = shape(batch, K, Hk, d)
+    table = shape(batch, CONTEXT // size, dtype="int32")
+    return Kernel(
+        partial(block_attention.block_attention, window=window, causal=window is not None),
+        (shape(batch, K, H, d), own, own, cache, cache, table, shape(batch, dtype="int32")),
+    )
+
+
+QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
+GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
+"""Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
+KERNELS = {
+    "block_attention, Qwen3-8B, pages": block(**QWEN3, size=16),
+    "block_attention, Qwen3-8B, contiguous": block(**QWEN3, size=CONTEXT),
+    "block_attention, Qwen3-8B, window": block(**QWEN3, size=16, window=2048),
+    "block_attention, GLM-5.2, pages": block(**GLM, size=16),
+    "block_attention, GLM-5.2, contiguous": block(**GLM, size=CONTEXT),
+    "block_attention, GLM-5.2 of 8 devices": block(K=8, H=8, Hk=4, d=96, size=16),
+}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_compiles_fits_and_copies_no_cache(name: str, topology: str):
+    compiled = compile_kernel(KERNELS[name], topology)
+    held, copied = vmem_bytes(compiled), compiled.memory_analysis().temp_size_in_bytes
+    print(f"{topology} {name}: {held / 2**20:.2f} MiB of vector memory, {copied} bytes copied")
+    assert 0 < held <= 16 << 20
+    assert copied < 32 << 20
