@@ -192,10 +192,10 @@ def _kernel(
 
 
 def first_largest(x: Any, column: Any) -> tuple[Any, Any]:
-    """Each row's largest number and the first column that has it, [rows, 1].
+    """Each row's largest number and the first column that has it, the last axis kept.
 
     Columns are compared as float32, exact up to 2^24.
     """
-    most = jnp.max(x, axis=1, keepdims=True)
-    place = jnp.where(x == most, column.astype(jnp.float32), jnp.inf)
-    return most, jnp.min(place, axis=1, keepdims=True).astype(jnp.int32)
+    most = jnp.max(x, axis=-1, keepdims=True)
+    place = jnp.where(x == most, column.astype(jnp.float32), 2.0**24)
+    return most, jnp.min(place, axis=-1, keepdims=True).astype(jnp.int32)

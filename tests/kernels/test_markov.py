@@ -178,7 +178,7 @@ def test_a_block_is_what_the_cores_head_draws_slot_by_slot(name: str, head_type:
     module = reference if name == "reference" else tpu
     drafted = module.markov_block(
         base, hidden, anchor, head.start(hidden[:, 0]), words, temperature,
-        head.markov_w1[...], head.markov_w2.kernel[...], *maps, target_id,
+        head.markov_w1[...], head.markov_w2.kernel[...], maps[0], maps[1], target_id,
         head_type=head_type, **settings,
     )  # fmt: skip
     noise = sampling_noise(keys, length, (G, Vd))
