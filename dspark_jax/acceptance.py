@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dspark_jax.sampling import draw, largest, salted
-from dspark_jax.types import Proposal, Verdict
+from dspark_jax.types import Proposal, Recipe, Verdict
 
 ACCEPT_SALT, EMIT_SALT = 1, 2
 
@@ -67,13 +67,35 @@ def _kept_by_chance(
 ) -> Any:
     """u < p(x) / q(x) per draft, compared as logarithms."""
     log_p = jax.nn.log_softmax(target_logits[:, :-1] / scale[..., None])
+    log_p = jnp.take_along_axis(log_p, proposal.tokens[..., None], axis=-1)[..., 0]
+    log_q = _log_q(proposal, target_id, scale)
+    chance = jax.vmap(lambda key: jax.random.uniform(key, log_p.shape[1:]))
+    return jnp.log(chance(salted(keys, ACCEPT_SALT))) < log_p - log_q
+
+
+def _log_q(
+    proposal: Proposal, target_id: Int[Array, "Vd"], scale: Float[Array, "B 1"]
+) -> Float[Array, "B G"]:
+    """The drafted tokens' log-probabilities in the distributions they were drawn from."""
+    if isinstance(proposal.logits, Recipe):
+        return proposal.logits.log_q
     log_q = jax.nn.log_softmax(proposal.logits / scale[..., None])
     # Draft ids ascend with target ids, so the drafted token's place is found by bisection.
     place = jnp.searchsorted(target_id, proposal.tokens)
-    log_p = jnp.take_along_axis(log_p, proposal.tokens[..., None], axis=-1)[..., 0]
-    log_q = jnp.take_along_axis(log_q, place[..., None], axis=-1)[..., 0]
-    chance = jax.vmap(lambda key: jax.random.uniform(key, log_p.shape[1:]))
-    return jnp.log(chance(salted(keys, ACCEPT_SALT))) < log_p - log_q
+    return jnp.take_along_axis(log_q, place[..., None], axis=-1)[..., 0]
+
+
+def _drafted_from(
+    proposal: Proposal, target_id: Int[Array, "Vd"], row: Int[Array, "B"]
+) -> Float[Array, "B Vd"]:
+    """The logits that one slot of every block was drawn from."""
+    made = proposal.logits
+    if not isinstance(made, Recipe):
+        return _at(made, row)
+    correction = jnp.matmul(_at(made.mixed, row), made.w2, preferred_element_type=jnp.float32)
+    token = jnp.take_along_axis(proposal.tokens, row[:, None], axis=1)
+    one_hot = jnp.where(target_id == token, 0.0, -jnp.inf)
+    return jnp.where(made.certain[:, None], one_hot, _at(made.base, row) + correction)
 
 
 def _emit(
@@ -87,8 +109,9 @@ def _emit(
 ) -> Int[Array, "B"]:
     """A draw from p, or from the positive part of p - q where a draft was refused."""
     p = jax.nn.softmax(logits / scale)
-    last = proposal.logits.shape[1] - 1
-    q = jax.nn.softmax(_at(proposal.logits, jnp.minimum(accepted, last)) / scale)
+    last = proposal.tokens.shape[1] - 1
+    drafted = _drafted_from(proposal, target_id, jnp.minimum(accepted, last))
+    q = jax.nn.softmax(drafted / scale)
     residual = jnp.maximum(p - jnp.zeros_like(p).at[:, target_id].set(q), 0.0)
     # Rounding can leave nothing when p and q agree; the refusal then had probability zero.
     empty = jnp.sum(residual, axis=-1, keepdims=True) <= 0.0
@@ -96,5 +119,5 @@ def _emit(
     return draw(salted(keys, EMIT_SALT), jnp.log(weights))
 
 
-def _at(values: Float[Array, "B S V"], row: Int[Array, "B"]) -> Float[Array, "B V"]:
+def _at(values: Float[Array, "B S n"], row: Int[Array, "B"]) -> Float[Array, "B n"]:
     return jnp.take_along_axis(values, row[:, None, None], axis=1)[:, 0]

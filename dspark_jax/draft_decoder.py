@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from dspark_jax import ops
 from dspark_jax.cache import Cached
@@ -20,10 +20,10 @@ from dspark_jax.draft_layer import DecoderLayer
 from dspark_jax.drafter import Drafter, base_logits, block_positions
 from dspark_jax.heads import ConfidenceHead, MarkovHead
 from dspark_jax.layers import matmul, rms_norm, rope_angles, rotate_half
-from dspark_jax.sampling import choose, sampling_noise
+from dspark_jax.sampling import choose, noise_words, sampling_noise
 from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import members
-from dspark_jax.types import DraftCache, Frozen, Proposal, Rows
+from dspark_jax.types import DraftCache, Frozen, Proposal, Recipe, Rows
 
 MOST_ODDS = 40.0
 
@@ -199,6 +199,11 @@ def draft_block(
     verifier must draw from other keys. `logits` are corrected, before temperature.
     """
     hidden, logits = run_block(config, decoder, frozen, cache, length, anchor, pages, spread)
+    if decoder.markov_head is not None and spread == ALONE:
+        given = (logits, hidden, anchor, noise_words(keys, length), temperature)
+        drafted = by_kernel(config, decoder, frozen, *given)
+        if drafted is not None:
+            return drafted
     noise = jax.lax.cond(
         jnp.any(temperature > 0),
         lambda: sampling_noise(keys, length, logits.shape[1:]),
@@ -224,6 +229,39 @@ def draft_block(
     if decoder.confidence_head is not None:
         return Proposal(tokens, logits, decoder.confidence_head(predicting, embedding))
     return Proposal(tokens, logits, likeliest(logits, temperature))
+
+
+def by_kernel(
+    config: DraftConfig,
+    decoder: DraftDecoder,
+    frozen: Frozen,
+    base: Float[Array, "B G Vd"],
+    hidden: Float[Array, "B K D"],
+    anchor: Int[Array, "B"],
+    words: UInt32[Array, "B 2"],
+    temperature: Float[Array, "B"],
+) -> Proposal | None:
+    """`draft_block`'s tokens, drawn by a kernel that keeps no corrected logits; None without one.
+
+    Noise and formulas are the same; logits differ in their last bits.
+    """
+    head, predicting = decoder.markov_head, hidden[:, -base.shape[1] :]
+    assert head is not None
+    state = head.start(hidden[:, 0])
+    if not config.sample_from_anchor:
+        state, _, _ = head.step(state, anchor, hidden[:, 0])
+    w2 = head.markov_w2.kernel[...]
+    block = ops.markov_block(
+        *(base, predicting, anchor, state, words, temperature, head.markov_w1[...], w2),
+        *(*head.mixing, frozen.target_id),
+        head_type=head.head_type,
+    )
+    if block is None:
+        return None
+    recipe = Recipe(base, block.mixed, w2, block.log_q, jnp.zeros(len(base), bool))
+    if decoder.confidence_head is None:
+        return Proposal(block.tokens, recipe, block.odds)
+    return Proposal(block.tokens, recipe, decoder.confidence_head(predicting, block.embedding))
 
 
 def likeliest(

@@ -48,6 +48,14 @@ class MarkovHead(nnx.Module):
         elif self.head_type == "rnn":
             self.joint_proj = uniform_linear(2 * rank + hidden, 3 * rank, bias=True, rngs=rngs)
 
+    @property
+    def mixing(self) -> tuple[Float[Array, "m n"] | None, Float[Array, "n"] | None]:
+        """(kernel, bias) of the map that a gated and an rnn head mix with."""
+        if self.head_type == "vanilla":
+            return None, None
+        linear = self.gate_proj if self.head_type == "gated" else self.joint_proj
+        return linear.kernel[...], None if linear.bias is None else linear.bias[...]
+
     def start(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows r"]:
         """The state before the first slot; only the rnn ever changes it."""
         return jnp.zeros((*hidden.shape[:-1], self.rank), hidden.dtype)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Int
+from jaxtyping import Array, Float, Float8e4m3fn, Int, UInt32
 
 Choice = Literal["auto", "pallas", "reference"]
 """auto: kernels where there are some for the device and the shapes. pallas: an error where there
@@ -120,6 +120,34 @@ def fp8_matmul_w8a8(
     return pick("fp8_matmul.fp8_matmul_w8a8", *given, block=block).function(*given, block=block)
 
 
+def markov_block(
+    base: Float[Array, "B G Vd"],
+    hidden: Float[Array, "B G D"],
+    anchor: Int[Array, "B"],
+    state: Float[Array, "B r"],
+    words: UInt32[Array, "B 2"],
+    temperature: Float[Array, "B"],
+    w1: Float[Array, "V r"],
+    w2: Float[Array, "r Vd"],
+    mix_kernel: Float[Array, "m n"] | None,
+    mix_bias: Float[Array, "n"] | None,
+    target_id: Int[Array, "Vd"],
+    *,
+    head_type: str,
+) -> Any:
+    """A `MarkovBlock`: see its reference. None where no kernel is picked.
+
+    Without one it is cheaper to keep the corrected logits than to read the vocabulary twice.
+    """
+    slot = jax.ShapeDtypeStruct((), jnp.int32)
+    by_slot = jax.ShapeDtypeStruct((base.shape[1], len(base), base.shape[2]), base.dtype)
+    picked = pick("markov.markov_block", by_slot, state, w2, words, temperature, slot, slot)
+    if not picked.is_kernel:
+        return None
+    given = (base, hidden, anchor, state, words, temperature, w1, w2, mix_kernel, mix_bias)
+    return picked.function(*given, target_id, head_type=head_type)
+
+
 def row_width(size: int) -> int:
     """How wide a cache row of `size` numbers is: a TPU copies none but whole registers' widths."""
     wanted = backend_of(default_device(), _Chosen.choice).file == "tpu"
@@ -134,7 +162,7 @@ class Picked(NamedTuple):
 
 
 def pick(op: str, *arrays: Any, **settings: Any) -> Picked:
-    """What runs `op` ("package", or "package.function") on these arrays.
+    """What runs `op` ("package", or "package.function") on arrays like these.
 
     Raises ValueError where kernels are demanded in vain.
     """

@@ -18,7 +18,7 @@ from dspark_jax.loop import DRAFT_SALT, VERIFY_SALT, Weights
 from dspark_jax.sampling import salted
 from dspark_jax.schedule import pack, verify_lengths, worth_verifying
 from dspark_jax.truncation import Edits, Truncation, edit, truncate
-from dspark_jax.types import Draft, Places, Proposal, Rows, Target, Verdict
+from dspark_jax.types import Draft, Places, Proposal, Recipe, Rows, Target, Verdict
 
 MOST_LOGPROBS = 20
 """As many of the likeliest tokens can be reported beside an emitted one."""
@@ -290,13 +290,16 @@ def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "
     with the target's probability of it.
     """
     certain = (control.temperature > 0) & (control.draft_temperature == 0)
+    made = proposal.logits
+    if isinstance(made, Recipe):
+        log_q = jnp.where(certain[:, None], 0.0, made.log_q)
+        return proposal._replace(logits=made._replace(log_q=log_q, certain=certain))
 
     def one_hot() -> Float[Array, "N G Vd"]:
         chosen = target_id == proposal.tokens[..., None]
-        return jnp.where(certain[:, None, None], jnp.where(chosen, 0.0, -jnp.inf), proposal.logits)
+        return jnp.where(certain[:, None, None], jnp.where(chosen, 0.0, -jnp.inf), made)
 
-    logits = jax.lax.cond(jnp.any(certain), one_hot, lambda: proposal.logits)
-    return proposal._replace(logits=logits)
+    return proposal._replace(logits=jax.lax.cond(jnp.any(certain), one_hot, lambda: made))
 
 
 def _enter(state: SlotState, control: Control) -> tuple[Int[Array, "N"], Int[Array, "N"]]:

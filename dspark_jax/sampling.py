@@ -16,10 +16,15 @@ def sampling_noise(
     number by a 32-bit integer hash (the finaliser that vLLM's sampler uses too), twenty times
     cheaper than threefry over the whole vocabulary. Only the draft draws this way.
     """
-    rounds = jax.vmap(jax.random.fold_in)(keys, length)
-    words = jax.random.key_data(rounds).astype(jnp.uint32)[:, -2:, None, None]
+    words = noise_words(keys, length)[..., None, None]
     number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + words[:, 0]) ^ words[:, 1]))
+
+
+def noise_words(keys: Key[Array, "B"], length: Int[Array, "B"]) -> UInt32[Array, "B 2"]:
+    """What the noise of each sequence's round is made of."""
+    rounds = jax.vmap(jax.random.fold_in)(keys, length)
+    return jax.random.key_data(rounds).astype(jnp.uint32)[:, -2:]
 
 
 def salted(keys: Key[Array, "B"], salt: int) -> Key[Array, "B"]:

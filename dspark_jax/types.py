@@ -102,6 +102,20 @@ class DraftCache(NamedTuple):
     v: tuple[Float[Array, "B Hk C d"], ...]
 
 
+class Recipe(NamedTuple):
+    """Logits [B G Vd] that are not kept: `base + mixed @ w2`, once more where a row is needed.
+
+    `log_q` are the log-probabilities of the drafted tokens at the temperature they were drawn at.
+    A block that was drawn from single tokens, not from these logits, is `certain`.
+    """
+
+    base: Float[Array, "B G Vd"]
+    mixed: Float[Array, "B G r"]
+    w2: Float[Array, "r Vd"]
+    log_q: Float[Array, "B G"]
+    certain: Bool[Array, "B"]
+
+
 class Proposal(NamedTuple):
     """One drafted block. `tokens` are target ids; `logits` are over the draft vocabulary.
 
@@ -110,7 +124,8 @@ class Proposal(NamedTuple):
     """
 
     tokens: Int[Array, "B G"]
-    logits: Float[Array, "B G Vd"]
+    logits: Any
+    """float32 [B G Vd], or the `Recipe` for them."""
     confidence: Float[Array, "B G"]
 
 
