@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.pallas_kernels import tiles
 from dspark_jax.pallas_kernels.block_attention import reference, tpu
 from tests.kernels.races import interpreted, race_found
 
@@ -109,7 +110,7 @@ def agrees(case: Case, found: Any, wanted: Any) -> bool:
 
 @pytest.mark.parametrize("case", ALL)
 def test_the_kernel_agrees_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tpu, "TILE_ROWS", case.tile)
+    monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
     given = arrays(case)
     found, wanted = run(case, given), specified(case, given)
     assert found.dtype == wanted.dtype
@@ -138,7 +139,7 @@ def test_the_reference_is_softmax_over_what_is_seen(case: Case):
 
 def test_rows_that_are_not_seen_may_be_anything(monkeypatch: pytest.MonkeyPatch):
     case = CASES["window"]
-    monkeypatch.setattr(tpu, "TILE_ROWS", case.tile)
+    monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
     query, key, value, *context, pages, length = arrays(case)
     clean = specified(case, (query, key, value, *context, pages, length))
     seen = np.zeros((context[0].shape[0], case.size), bool)
@@ -151,8 +152,8 @@ def test_rows_that_are_not_seen_may_be_anything(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch):
     case = CASES["odd lengths"]
-    monkeypatch.setattr(tpu, "TILE_ROWS", case.tile)
-    monkeypatch.setattr(tpu, "_wait", lambda copy: None)
+    monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
+    monkeypatch.setattr(tiles, "wait", lambda copy: None)
     given = arrays(case)
     found = run(case, given, tpu.block_attention)
     assert race_found() or not agrees(case, found, specified(case, given))
