@@ -55,9 +55,9 @@ def off_by(y: Any, truth: Any, magnitude: Any, size_in: int) -> float:
 def test_a_product_is_the_sum_of_scaled_blocks(case: Case, arch: str, operation: str):
     given = arguments(case)
     assert gpu.unsupported(*given, block=BLOCK) is None
-    y, race = run(getattr(gpu, operation), *given, block=BLOCK, arch=arch)
+    y, fault = run(getattr(gpu, operation), *given, block=BLOCK, arch=arch)
     truth, magnitude, _ = exact(operation, *given)
-    assert not race and y.dtype == case.dtype and y.shape == truth.shape
+    assert not fault and y.dtype == case.dtype and y.shape == truth.shape
     assert off_by(y, truth, magnitude, case.size_in) <= 1
 
 
@@ -96,5 +96,5 @@ def test_what_is_not_waited_for_is_noticed(
     forgotten: str, case: Case, arch: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(plgpu, forgotten, lambda *_: None)
-    _, race = run(gpu.fp8_matmul, *arguments(case), block=BLOCK, arch=arch)
-    assert race
+    _, fault = run(gpu.fp8_matmul, *arguments(case), block=BLOCK, arch=arch)
+    assert fault
