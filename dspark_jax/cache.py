@@ -71,6 +71,15 @@ class Cached(NamedTuple):
 
         return jax.tree.map(cut, self.arrays)
 
+    def as_pages(self) -> tuple[Any, Int[Array, "N P"]]:
+        """(arrays [pages size …] of all layers, the pages of every sequence in this one)."""
+        lead = len(self._front())
+        arrays = jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead + 1 :]), self.arrays)
+        count = jax.tree.leaves(self.arrays)[0].shape[lead]
+        own = self.rows.pages
+        own = jnp.arange(len(self.rows.position))[:, None] if own is None else own
+        return arrays, own if self.layer is None else own + self.layer * count
+
     def blocks(self, flat: Any) -> Any:
         """Arrays [R 1 …] of flat rows as [N S …], as attention takes them; others stay."""
         return jax.tree.map(lambda x: to_blocks(self.rows, x), flat)
@@ -84,6 +93,9 @@ class Cached(NamedTuple):
 
     def _set(self, index: tuple[Any, ...], new: Any) -> "Cached":
         def put(old: Array, rows: Array) -> Array:
+            # Rows may be wider than what is kept in them (`ops.row_width`): zeros stand behind.
+            behind = old.shape[-1] - rows.shape[-1]
+            rows = jnp.pad(rows, ((0, 0),) * (rows.ndim - 1) + ((0, behind),)) if behind else rows
             return old.at[index].set(rows.astype(old.dtype), mode="drop")
 
         return self._replace(arrays=jax.tree.map(put, self.arrays, new))

@@ -115,18 +115,13 @@ def extend_context(
     context = matmul(rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps), decoder.context)
     parts = context.reshape(*position.shape, config.num_hidden_layers, 2, -1, config.head_dim)
     angle = rope_angles(position, config.head_dim, config.rope_theta)
-    rows, behind = Rows(position, position, pages), cache.k[0].shape[-1] - config.head_dim
+    rows = Rows(position, position, pages)
     keys, values = [], []
     for i, layer in enumerate(decoder.layers):
         key = rms_norm(parts[:, :, i, 0], layer.key_norm, config.rms_norm_eps)
-        keys.append(_widened(rotate_half(key, angle), behind))
-        values.append(_widened(parts[:, :, i, 1], behind))
+        keys.append(rotate_half(key, angle))
+        values.append(parts[:, :, i, 1])
     return Cached(cache, rows).write_heads(DraftCache(tuple(keys), tuple(values))).arrays
-
-
-def _widened(x: Float[Array, "B S Hk d"], behind: int) -> Float[Array, "B S Hk wide"]:
-    """Heads as the cache holds them, with zeros behind them where its rows are wider."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, behind))) if behind else x
 
 
 def run_block(

@@ -5,7 +5,6 @@ A published checkpoint stores `weight` [out, in] in e4m3 beside `weight_scale_in
 so values, scales and block are all transposed once, when loaded (reference: glm-5.2.md §3).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,54 +115,8 @@ def ragged_matmul(
 
     Rows past the sum of `sizes` hold anything.
     """
-    if len(x) > FEW_ROWS:
-        plain = dequantise(kernels, x.dtype)
-        return jax.lax.ragged_dot(x, plain, sizes, preferred_element_type=jnp.float32)
-    owner = jnp.sum(jnp.arange(len(x))[:, None] >= jnp.cumsum(sizes), axis=1)
-    owner = jnp.minimum(owner, len(sizes) - 1)
-
-    def product(x: Array, block: Array) -> Array:
-        block = block.astype(x.dtype)
-        return jax.lax.ragged_dot(x, block, sizes, preferred_element_type=jnp.float32)
-
-    def scale(scales: Array) -> Array:
-        return scales[owner]
-
-    return _by_blocks(x, kernels, product, scale)
-
-
-def _by_blocks(
-    x: Float[Array, "R i"],
-    kernel: BlockScaled,
-    product: Callable[[Array, Array], Array],
-    scale: Callable[[Array], Array],
-) -> Float[Array, "R o"]:
-    """The sum over blocks of rows of `product(x's columns, kernel's rows)` times its scales."""
-    (*lead, size_in, size_out), (rows, columns) = kernel.shape, kernel.block
-    count, axis = -(-size_in // rows), len(lead)
-    if size_in % rows:
-        kernel, filling = alone(kernel), (0, count * rows - size_in)
-        values = jnp.pad(kernel.values, ((0, 0),) * axis + (filling, (0, 0)))
-        kernel = BlockScaled(values, kernel.scales, kernel.block)
-        x = jnp.pad(x, ((0, 0), filling))
-    stacked = kernel.layer is not None
-
-    def cut(array: Array, start: Any, size: int) -> Array:
-        front, ones = ((kernel.layer,), (1,)) if stacked else ((), ())
-        shape = (*lead, size, array.shape[-1])
-        zeros = (0,) * axis
-        return jax.lax.dynamic_slice(array, (*front, *zeros, start, 0), (*ones, *shape)).reshape(
-            shape
-        )
-
-    def add(i: Any, total: Array) -> Array:
-        part = jax.lax.dynamic_slice_in_dim(x, i * rows, rows, 1)
-        scales = cut(kernel.scales, i, 1)[..., 0, :]
-        spread = jnp.repeat(scale(scales), columns, axis=-1)[..., :size_out]
-        return total + product(part, cut(kernel.values, i * rows, rows)) * spread
-
-    zero = jnp.zeros((len(x), size_out), jnp.float32)
-    return jax.lax.fori_loop(0, count, add, zero)
+    given = (x, kernels.values, kernels.scales, sizes, kernels.layer)
+    return ops.fp8_experts(*given, block=kernels.block)
 
 
 def matmul_w8a8(x: Float[Array, "*rows i"], kernel: BlockScaled) -> Float[Array, "*rows o"]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Int, UInt32
+from jaxtyping import Array, Bool, Float, Float8e4m3fn, Int, UInt32
 
 Choice = Literal["auto", "pallas", "reference"]
 """auto: kernels where there are some for the device and the shapes. pallas: an error where there
@@ -118,6 +118,40 @@ def fp8_matmul_w8a8(
     """The same with the rows quantised too."""
     given = (x, values, scales, layer)
     return pick("fp8_matmul.fp8_matmul_w8a8", *given, block=block).function(*given, block=block)
+
+
+def fp8_experts(
+    x: Float[Array, "R i"],
+    values: Float8e4m3fn[Array, "*stack E i o"],
+    scales: Float[Array, "*stack E k n"],
+    sizes: Int[Array, "E"],
+    layer: Int[Array, ""] | None,
+    *,
+    block: tuple[int, int],
+) -> Float[Array, "R o"]:
+    """Rows sorted by expert times their experts' matrices: see its reference."""
+    given = (x, values, scales, sizes, layer)
+    return pick("fp8_experts", *given, block=block).function(*given, block=block)
+
+
+def mla_attention(
+    latent: Float[Array, "B S H r"],
+    rope: Float[Array, "B S H p"],
+    context_latent: Float[Array, "N size r"],
+    context_rope: Float[Array, "N size wide"],
+    pages: Int[Array, "B P"],
+    position: Int[Array, "B S"],
+    selected: Bool[Array, "B S C"],
+    *,
+    scale: float,
+) -> Float[Array, "B S H r"] | None:
+    """What queries take from cached latents: see its reference. None where no kernel is picked.
+
+    XLA reads a contiguous cache where it lies, and only without a list of pages.
+    """
+    given = (latent, rope, context_latent, context_rope, pages, position, selected)
+    picked = pick("mla_attention", *given, scale=scale)
+    return picked.function(*given, scale=scale) if picked.is_kernel else None
 
 
 def markov_block(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax import ops
 from dspark_jax.cache import Cached, capacity, places
 from dspark_jax.config import GlmConfig
 from dspark_jax.layers import Linear, RMSNorm, SwiGLU, init_normal, rope_angles
@@ -153,7 +154,7 @@ def init_cache(
 
     def empty(group: Group, member: int) -> LayerCache:
         lead = (batch, capacity) if group.repeats == 1 else (group.repeats, batch, capacity)
-        sizes = [c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim]
+        sizes = [c.kv_lora_rank, ops.row_width(c.qk_rope_head_dim), c.index_head_dim]
         latent, rope, index = (jnp.zeros((*lead, size), dtype) for size in sizes)
         full = c.indexer_types[group.layer(member)] == "full"
         return LayerCache(latent, rope, index if full else None)

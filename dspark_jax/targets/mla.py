@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from dspark_jax import ops
 from dspark_jax.block_attention import attend_tiled
-from dspark_jax.cache import Cached
+from dspark_jax.cache import Cached, places
 from dspark_jax.config import GlmConfig
 from dspark_jax.fp8 import BlockScaled, dequantise
 from dspark_jax.layers import Linear, RMSNorm, masked_softmax, product, rotate_interleaved
@@ -127,8 +128,14 @@ def mix_latents(
 ) -> Float[Array, "B S H r"]:
     """What every head's query takes from the cached latents, in float32.
 
-    Tiles are not a loop of the program: XLA would copy the whole cache to loop over it.
+    Without a kernel, tile by tile. Tiles are not a loop of the program: XLA would copy the whole
+    cache to loop over it.
     """
+    cached, pages = memory.as_pages()
+    given = (latent, rope, cached.latent, cached.rope, pages, places(memory.rows), visible)
+    by_kernel = ops.mla_attention(*given, scale=scale)
+    if by_kernel is not None:
+        return by_kernel
     capacity = visible.shape[-1]
     tile = tile if capacity % tile == 0 else capacity
     lead = latent.shape[:3]
@@ -139,7 +146,9 @@ def mix_latents(
         seen = jax.lax.dynamic_slice_in_dim(visible, i * tile, tile, 2)[:, :, None]
         with jax.named_scope("scores"):
             scores = product("bshr,bcr->bshc", latent, part.latent)
-            scores = (scores + product("bshp,bcp->bshc", rope, part.rope)) * scale
+            scores = (
+                scores + product("bshp,bcp->bshc", rope, part.rope[..., : rope.shape[-1]])
+            ) * scale
         scores = jnp.where(seen, scores, -jnp.inf)
         top = jnp.maximum(largest, jnp.max(scores, axis=-1))
         weight, old = jnp.exp(scores - top[..., None]), jnp.exp(largest - top)
