@@ -58,8 +58,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     target = target_needs(tensors, models.target, models.block)
     drafter = draft_needs(((r.name, r.shape) for r in parameter_table(models.draft)), models.draft)
     sizes = (settings.batch, settings.context)
-    plain = plain_program(models.target, models.block, mesh, *sizes)
-    fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
+    with jax.default_device(mesh.devices.flat[0]):  # caches lie as its kernels read them
+        plain = plain_program(models.target, models.block, mesh, *sizes)
+        fast = decode_program(models.target, models.block, models.draft, mesh, *sizes)
     plain_step, _ = measure(machine, settings, plain, (target,), 1.0)
     fast_step, memory = measure(
         machine, settings, fast, (target, drafter), settings.acceptance_length
