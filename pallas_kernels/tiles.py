@@ -20,6 +20,13 @@ TILES_BYTES = 8 << 20
 TABLE_BYTES = 512 << 10
 """Of the scalar memory, for numbers of pages and tiles."""
 
+PARAMETERS = pltpu.CompilerParams(
+    # A program prefetches for the one after it.
+    dimension_semantics=("arbitrary",),
+    # To check the addresses takes longer than to start the copy of a page.
+    disable_bounds_checks=True,
+)
+
 
 class Layout(NamedTuple):
     """How the contexts of all sequences are cut."""
@@ -158,8 +165,8 @@ def walk(
             fetch_first(b + 1, 1 - side)
 
         tile = order(b, number)
-        _copies(streams, b, own, tile, side, wait)
         place = place_of(layout, tile)
+        _arrive(streams, b, own, tile, side)
         visit(side, place, jnp.maximum(own.begin, place.new) - place.row, own.end - place.row)
         return 1 - side
 
@@ -195,9 +202,31 @@ def _copies(
     if layout.parts:
         page(place.page, None)
     else:
-        begin = jnp.maximum(sight.begin // size, place.page)
-        beyond = jnp.minimum(pl.cdiv(sight.end, size), place.page + layout.tile // size)
+        begin, beyond = _seen_pages(layout, sight, place)
         jax.lax.fori_loop(begin, beyond, page, None)
+
+
+def _arrive(streams: Streams, b: Any, sight: Sight, tile: Any, side: Any) -> None:
+    """Wait for a tile; where all its pages are seen, for their bytes at once."""
+    layout = streams.layout
+    begin, beyond = _seen_pages(layout, sight, place_of(layout, tile))
+    full = jnp.logical_and(not layout.parts, beyond - begin == layout.tile // layout.size)
+
+    @pl.when(full)
+    def _() -> None:
+        for _, held in (*streams.paged, *streams.whole):
+            wait(pltpu.make_async_copy(held.at[side], held.at[side], streams.arrived.at[side]))
+
+    @pl.when(jnp.logical_not(full))
+    def _() -> None:
+        _copies(streams, b, sight, tile, side, wait)
+
+
+def _seen_pages(layout: Layout, sight: Sight, place: Place) -> tuple[Any, Any]:
+    """The seen pages of a tile of whole pages: numbers [begin, beyond)."""
+    begin = jnp.maximum(sight.begin // layout.size, place.page)
+    beyond = jnp.minimum(pl.cdiv(sight.end, layout.size), place.page + layout.tile // layout.size)
+    return begin, beyond
 
 
 def start(copy: Any) -> None:

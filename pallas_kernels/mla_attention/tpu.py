@@ -69,7 +69,7 @@ def mla_attention(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((B, S * heads, r), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=tiles.PARAMETERS,
         cost_estimate=pl.CostEstimate(
             flops=2 * B * S * H * capacity * (2 * r + rope.shape[-1]),
             transcendentals=B * S * H * capacity,
