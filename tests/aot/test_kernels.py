@@ -1,0 +1,88 @@
+"""Without hardware: the attention and context kernels compile for every TPU, at full size."""
+
+from functools import partial
+
+import pytest
+
+from dspark_jax.pallas_kernels.block_attention import tpu as block_attention
+from dspark_jax.pallas_kernels.context_append import tpu as context_append
+from dspark_jax.pallas_kernels.mla_attention import tpu as mla_attention
+from tests.aot.compile import MARKS, TOPOLOGIES, Kernel, compile_kernel, shape, vmem_bytes
+
+pytestmark = MARKS
+
+BATCH, CONTEXT = 64, 16384
+
+
+def block(
+    K: int, H: int, Hk: int, d: int, size: int, window: int | None = None, batch: int = BATCH
+) -> Kernel:
+    """Block attention over contexts of 16384 rows in pages of `size`."""
+    cache = shape(batch * CONTEXT // size, Hk, size, -(-d // 128) * 128)
+    own = shape(batch, K, Hk, d)
+    table = shape(batch, CONTEXT // size, dtype="int32")
+    return Kernel(
+        partial(block_attention.block_attention, window=window, causal=window is not None),
+        (shape(batch, K, H, d), own, own, cache, cache, table, shape(batch, dtype="int32")),
+    )
+
+
+def mla(H: int, size: int, sparse: bool, S: int = 8, context: int = CONTEXT) -> Kernel:
+    """GLM-5.2's latent attention: 512 numbers of a latent, 64 rotated in rows of 128."""
+    B, r, p = BATCH, 512, 64
+    table = shape(B, context // size, dtype="int32")
+    selected = (shape(B, S, context, dtype="bool"),) if sparse else ()
+    return Kernel(
+        partial(mla_attention.mla_attention, scale=256**-0.5),
+        (
+            *(shape(B, S, H, r), shape(B, S, H, p)),
+            *(shape(B * context // size, size, r), shape(B * context // size, size, 128)),
+            *(table, shape(B, S, dtype="int32"), *selected),
+        ),
+    )
+
+
+def append(D: int, Hk: int, d: int, size: int, batch: int = BATCH) -> Kernel:
+    """Eight rows of every sequence for five layers; the contexts are donated."""
+    rows = shape(batch * 8, dtype="int32")
+    context = (shape(batch * CONTEXT // size, Hk, size, -(-d // 128) * 128),) * 5
+    kernel = shape(D, 5 * 2 * Hk * d)
+    return Kernel(
+        partial(context_append.context_append, eps=1e-6, theta=1e6),
+        (shape(batch * 8, D), kernel, shape(5, d), rows, rows, rows, context, context),
+        donated=(6, 7),
+    )
+
+
+QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
+GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
+"""Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
+KERNELS = {
+    "block_attention, Qwen3-8B, pages": block(**QWEN3, size=16),
+    "block_attention, Qwen3-8B, contiguous": block(**QWEN3, size=CONTEXT),
+    "block_attention, Qwen3-8B, window": block(**QWEN3, size=16, window=2048),
+    "block_attention, GLM-5.2, pages": block(**GLM, size=16),
+    "block_attention, GLM-5.2, contiguous": block(**GLM, size=CONTEXT),
+    "block_attention, GLM-5.2 of 8 devices": block(K=8, H=8, Hk=4, d=96, size=16),
+    "mla_attention, pages": mla(64, 16, sparse=False),
+    "mla_attention, contiguous": mla(64, CONTEXT, sparse=False),
+    "mla_attention, sparse": mla(64, 16, sparse=True),
+    "mla_attention of 8 devices, pages": mla(8, 16, sparse=False),
+    "mla_attention of 8 devices, sparse": mla(8, CONTEXT, sparse=True),
+    "mla_attention of 8 devices, 131072 rows": mla(8, 131072, sparse=True, context=131072),
+    "context_append, Qwen3-8B, pages": append(4096, 8, 128, 16, batch=8),
+    "context_append, Qwen3-8B, contiguous": append(4096, 8, 128, CONTEXT, batch=8),
+    "context_append, GLM-5.2, pages": append(6144, 32, 96, 16, batch=2),
+    "context_append, GLM-5.2 of 8 devices": append(6144, 4, 96, 16, batch=16),
+}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_compiles_fits_and_copies_no_cache(name: str, topology: str):
+    compiled = compile_kernel(KERNELS[name], topology)
+    held, memory = vmem_bytes(compiled), compiled.memory_analysis()
+    copied = memory.temp_size_in_bytes
+    print(f"{topology} {name}: {held / 2**20:.2f} MiB of vector memory, {copied} bytes copied")
+    assert 0 < held <= 16 << 20
+    assert copied < memory.argument_size_in_bytes / 20
