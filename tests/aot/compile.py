@@ -27,10 +27,11 @@ USED = re.compile(
 
 
 class Kernel(NamedTuple):
-    """A function of arrays alone and the shapes it is compiled for."""
+    """A function of arrays alone, the shapes it is compiled for, and which of them it may keep."""
 
     function: Callable[..., Any]
     shapes: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
 
 
 def shape(*sizes: int, dtype: Any = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -47,7 +48,9 @@ def compile_kernel(kernel: Kernel, topology: str) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), kernel.shapes
     )
     with jax.default_device(device):
-        return jax.jit(kernel.function).trace(*placed).lower().compile()
+        return (
+            jax.jit(kernel.function, donate_argnums=kernel.donated).trace(*placed).lower().compile()
+        )
 
 
 def vmem_bytes(compiled: Any) -> int:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from dspark_jax.pallas_kernels.block_attention import tpu as block_attention
+from dspark_jax.pallas_kernels.context_append import tpu as context_append
 from dspark_jax.pallas_kernels.mla_attention import tpu as mla_attention
 from tests.aot.compile import MARKS, TOPOLOGIES, Kernel, compile_kernel, shape, vmem_bytes
 
@@ -41,6 +42,18 @@ def mla(H: int, size: int, sparse: bool, S: int = 8, context: int = CONTEXT) -> 
     )
 
 
+def append(D: int, Hk: int, d: int, size: int, batch: int = BATCH) -> Kernel:
+    """Eight rows of every sequence for five layers; the contexts are donated."""
+    rows = shape(batch * 8, dtype="int32")
+    context = (shape(batch * CONTEXT // size, Hk, size, -(-d // 128) * 128),) * 5
+    kernel = shape(D, 5 * 2 * Hk * d)
+    return Kernel(
+        partial(context_append.context_append, eps=1e-6, theta=1e6),
+        (shape(batch * 8, D), kernel, shape(5, d), rows, rows, rows, context, context),
+        donated=(6, 7),
+    )
+
+
 QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
 GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
 """Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
@@ -57,6 +70,10 @@ KERNELS = {
     "mla_attention of 8 devices, pages": mla(8, 16, sparse=False),
     "mla_attention of 8 devices, sparse": mla(8, CONTEXT, sparse=True),
     "mla_attention of 8 devices, 131072 rows": mla(8, 131072, sparse=True, context=131072),
+    "context_append, Qwen3-8B, pages": append(4096, 8, 128, 16, batch=8),
+    "context_append, Qwen3-8B, contiguous": append(4096, 8, 128, CONTEXT, batch=8),
+    "context_append, GLM-5.2, pages": append(6144, 32, 96, 16, batch=2),
+    "context_append, GLM-5.2 of 8 devices": append(6144, 4, 96, 16, batch=16),
 }
 
 
