@@ -213,7 +213,7 @@ def _kernel(
         part = jnp.dot(left, right, preferred_element_type=jnp.float32)
         if token_scales:
             part = part * column(token_scales[0][...], number)
-        total[...] += part * _spread(scales, number, n, tiles.columns, columns)
+        total[...] += part * spread_scales(scales, number, n, tiles.columns, columns)
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _() -> None:
@@ -226,7 +226,7 @@ def column(x: Any, number: Any) -> Any:
     return jnp.sum(jnp.where(lane == number, x, 0.0), axis=1, keepdims=True)
 
 
-def _spread(scales: Any, number: Any, n: Any, wide: int, columns: int) -> Any:
+def spread_scales(scales: Any, number: Any, n: Any, wide: int, columns: int) -> Any:
     """The scales of a block of rows over the columns of tile n, [1, wide]."""
     parts, last = [], scales.shape[1] - 1
     for first in range(0, wide, columns):
