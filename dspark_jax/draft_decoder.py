@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from dspark_jax import ops
-from dspark_jax.cache import Cached
+from dspark_jax.cache import cells
 from dspark_jax.config import DraftConfig
 from dspark_jax.draft_layer import DecoderLayer
 from dspark_jax.drafter import Drafter, base_logits, block_positions
@@ -112,16 +112,21 @@ def extend_context(
     The context is not normed again: a layer's `norm` belongs to the block's slots only.
     """
     fused = spread.columns(matmul(aux_hidden.astype(decoder.fc.dtype), decoder.fc))
-    context = matmul(rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps), decoder.context)
-    parts = context.reshape(*position.shape, config.num_hidden_layers, 2, -1, config.head_dim)
-    angle = rope_angles(position, config.head_dim, config.rope_theta)
-    rows = Rows(position, position, pages)
-    keys, values = [], []
-    for i, layer in enumerate(decoder.layers):
-        key = rms_norm(parts[:, :, i, 0], layer.key_norm, config.rms_norm_eps)
-        keys.append(rotate_half(key, angle))
-        values.append(parts[:, :, i, 1])
-    return Cached(cache, rows).write_heads(DraftCache(tuple(keys), tuple(values))).arrays
+    hidden = rms_norm(fused, decoder.hidden_norm, config.rms_norm_eps)
+    page, place = cells(Rows(position, position, pages), cache.k[0].shape[-2])
+    keys, values = ops.context_append(
+        hidden.reshape(-1, hidden.shape[-1]),
+        decoder.context,
+        jnp.stack([layer.key_norm for layer in decoder.layers]),
+        position.reshape(-1),
+        jnp.broadcast_to(page, position.shape).reshape(-1),
+        place.reshape(-1),
+        cache.k,
+        cache.v,
+        eps=config.rms_norm_eps,
+        theta=config.rope_theta,
+    )
+    return DraftCache(keys, values)
 
 
 def run_block(

@@ -94,6 +94,25 @@ def block_attention(
     return picked.function(*given, table if picked.is_kernel else pages, length, **how)
 
 
+def context_append(
+    hidden: Float[Array, "R D"],
+    kernel: Float[Array, "D n"],
+    key_norm: Float[Array, "L d"],
+    position: Int[Array, "R"],
+    cell_page: Int[Array, "R"],
+    cell_place: Int[Array, "R"],
+    context_keys: tuple[Float[Array, "N Hk size wide"], ...],
+    context_values: tuple[Float[Array, "N Hk size wide"], ...],
+    *,
+    eps: float,
+    theta: float,
+) -> tuple[tuple[Float[Array, "N Hk size wide"], ...], tuple[Float[Array, "N Hk size wide"], ...]]:
+    """A draft's context with the keys and values of new rows: see its reference."""
+    given = (hidden, kernel, key_norm, position, cell_page, cell_place)
+    given, how = (*given, context_keys, context_values), {"eps": eps, "theta": theta}
+    return pick("context_append", *given, **how).function(*given, **how)
+
+
 def fp8_matmul(
     x: Float[Array, "R i"],
     values: Float8e4m3fn[Array, "*stack i o"],
