@@ -95,8 +95,8 @@ KERNELS = {
 def test_a_kernel_compiles_and_fits(name: str, topology: str):
     compiled = compile_kernel(KERNELS[name], topology)
     assert 0 < vmem_bytes(compiled) < 48 * 2**20
-    # Beside its results a call writes nothing of the size of a layer: no matrix is turned
-    # round, or taken out of its stack of three. XLA brings a reduced vocabulary to the target's first.
+    # Beside its results a call writes nothing of the size of a layer: no matrix is turned round,
+    # or taken out of its stack of three. XLA brings a reduced vocabulary to the target's first.
     if name != REDUCED:
         read = sum(x.size * x.dtype.itemsize for x in KERNELS[name].shapes)
         assert compiled.memory_analysis().temp_size_in_bytes < max(2**20, read / 4)
