@@ -1,4 +1,4 @@
-"""PyTorch's best for the work of our kernels, on the same GPU: what `kernels.py` is timed beside."""
+"""PyTorch's best for the work of our kernels, on one GPU: what `kernels.py` is timed beside."""
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 # torch is in some benchmarks' environments only.
