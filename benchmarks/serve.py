@@ -1,7 +1,9 @@
 """A server under load: plain decoding, fixed and adaptive verification, in one run.
 
-    python benchmarks/serve.py [--concurrency 1 2 4 8] [--requests 8] [--tokens 128]
+    python benchmarks/serve.py [--concurrency 1 2 4] [--requests 8] [--tokens 128]
         [--temperature 0] [--checkpoint DIR] [--json FILE]
+
+By default 1, 2, 4 … 32 at once.
 
 Three real servers, `python -m dspark_jax.serve` with the same models, are started side by side and
 take turns: only one is asked at a time. Each level of concurrency keeps so many requests open until
@@ -12,7 +14,9 @@ once by every server, and prefix caching is off.
 tokens/s counts all answers' tokens over the wall clock; per user, over the time from an answer's
 first token to its last. TTFT is from sending a request to its first token, TPOT the mean time of
 the others; p50 and p99 over answers. Acceptance length is 1 + accepted / rounds; verified is rows
-per round; padding the share of rows that held no token (`/metrics`).
+per round; padding the share of rows that held no token; host the part of a round's time in which
+the engine's thread worked before it waited for the device (`/metrics`). Where torch is installed,
+transformers' own `generate` answers the same prompts with the embedded target, one at a time.
 """
 
 import argparse
@@ -29,10 +33,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dspark_jax.checkpoints.folder import embedded
+from dspark_jax.target_folder import load_tokenizer
+from dspark_jax.train.conversations import prompt_tokens
 from dspark_jax.train.prompts import library_prompts
+from dspark_jax.train.transformers_speed import measure_transformers
 
 KINDS = {
     "plain": {"num_speculative_tokens": 0},
@@ -47,7 +56,10 @@ METRICS = {
     "padding": "dspark:padding_tokens_total",
     "steps": "dspark:verify_bucket_tokens_total",
     "compiled": "dspark:compilations_total",
+    "round_seconds": 'dspark:step_seconds_sum:phase="round"',
+    "host_seconds": 'dspark:step_seconds_sum:phase="host"',
 }
+"""Names, and with a colon behind them the label to sum over."""
 
 
 class Answer(NamedTuple):
@@ -124,7 +136,9 @@ def counters(address: str) -> dict[str, float]:
     totals = dict.fromkeys(METRICS, 0.0)
     for line in httpx.get(f"{address}/metrics").text.splitlines():
         for name, metric in METRICS.items():
-            if line.startswith(metric + "{"):
+            metric, _, label = metric.partition("_sum:")
+            metric = f"{metric}_sum" if label else metric
+            if line.startswith(metric + "{") and label in line:
                 totals[name] += float(line.rsplit(" ", 1)[1])
     return totals
 
@@ -148,9 +162,21 @@ def measure(address: str, prompts: Sequence[str], concurrency: int, given: Any) 
         "acceptance_length": 1 + spent["accepted"] / max(spent["rounds"], 1),
         "verified_per_step": spent["verified"] / max(spent["steps"], 1),
         "padding_share": spent["padding"] / max(rows, 1),
+        "host_share": spent["host_seconds"] / max(spent["round_seconds"], 1e-9),
         "compiled": spent["compiled"],
         "tokens": sum(a.tokens for a in answers),
     }
+
+
+def transformers_speed(texts: Sequence[str], given: argparse.Namespace) -> dict[str, Any] | None:
+    """Of the first prompts; None without torch, or for another target than the embedded one."""
+    if given.checkpoint:
+        return None
+    folder = embedded("tiny-glm")
+    tokenizer = load_tokenizer(folder)
+    asked = ([{"role": "user", "content": text}] for text in texts)
+    prompts = [np.array(prompt_tokens(tokenizer, messages), np.int32) for messages in asked]
+    return measure_transformers(folder, prompts, given.tokens, print)
 
 
 def report(rows: list[dict[str, Any]], console: Console) -> None:
@@ -158,7 +184,7 @@ def report(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="tokens/s of all answers, against plain decoding at the same concurrency")
     for name in ("at once", "decoding", "tokens/s", "x plain", "per user", "TTFT p50/p99 ms"):
         table.add_column(name, justify="right")
-    for name in ("TPOT p50/p99 ms", "accepted", "rows a step", "padding"):
+    for name in ("TPOT p50/p99 ms", "accepted", "rows a step", "padding", "host"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -172,13 +198,14 @@ def report(rows: list[dict[str, Any]], console: Console) -> None:
             "" if row["kind"] == "plain" else f"{row['acceptance_length']:.2f}",
             f"{row['verified_per_step']:.1f}",
             f"{row['padding_share']:.0%}",
+            f"{row['host_share']:.0%}",
         )
     console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -208,9 +235,16 @@ def main() -> None:
                 row |= {"concurrency": concurrency, "kind": kind}
                 rows.append(row | {"speedup": row["tokens_per_second"] / base})
     report(rows, Console(width=140))
+    other = transformers_speed(texts[: given.requests], given)
+    if other is not None:
+        print(
+            f"transformers {other['transformers']} with torch {other['torch']}, one prompt at a "
+            f"time: {other['tokens_per_second']:.0f} tokens/s, prompts included"
+        )
     if given.json:
         about = {"machine": platform.processor() or platform.machine(), "settings": vars(given)}
-        text = json.dumps({"about": about, "rows": rows}, indent=2, default=str)
+        found = {"about": about, "rows": rows, "transformers": other}
+        text = json.dumps(found, indent=2, default=str)
         given.json.write_text(text + "\n")
 
 

@@ -256,9 +256,10 @@ class Batch:
 
     def _collect(self, round_: Round) -> None:
         """Hear of a round and pass it on, sequence by sequence."""
+        since, waits = max(round_.begun, self._heard), time.monotonic()
         result = jax.device_get(round_.result)
         heard = time.monotonic()
-        seconds = heard - max(round_.begun, self._heard)
+        seconds = heard - since
         served = slice(len(round_.sequences))
         verified, accepted = result.verified[served].sum(), result.accepted[served].sum()
         count = len(round_.sequences)
@@ -267,7 +268,7 @@ class Batch:
             int(accepted) + count,
             int(verified) + count,
             shape.budget,
-            {"round": seconds},
+            {"round": seconds, "host": max(waits - since, 0.0)},
         )
         self._heard = heard
         if round_.undisturbed:

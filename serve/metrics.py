@@ -55,7 +55,8 @@ class Metrics:
         """After each decode round, over all its answers.
 
         `tokens` were emitted, `verify_tokens` rows went through the target in a program for
-        `bucket_tokens` rows. `seconds` are the round's phases, as {"step": 0.02}; any names.
+        `bucket_tokens` rows. `seconds` are those of the whole "round" since the one before it, and
+        of "host", the part in which this process worked before it waited for the device.
         """
         self._iteration_tokens.observe(tokens)
         self._verify_tokens.inc(verify_tokens)
