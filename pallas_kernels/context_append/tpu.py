@@ -15,7 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.pallas_kernels.context_append.reference import keys_values
-from dspark_jax.pallas_kernels.tiles import TABLE_BYTES, TILES_BYTES, start, sublanes, wait
+from dspark_jax.pallas_kernels.tiles import (
+    PARAMETERS,
+    TABLE_BYTES,
+    TILES_BYTES,
+    start,
+    sublanes,
+    wait,
+)
 
 MOST_SLOTS = 8
 """Tiles in flight: half are read, half are written."""
@@ -76,7 +83,7 @@ def context_append(
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x in contexts],
         input_output_aliases={len(runs) + 1 + i: i for i in range(len(contexts))},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=PARAMETERS,
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * touched * tile + new.size * 4
         ),
@@ -184,8 +191,11 @@ def _kernel(slots: int, step: int, arrays: int, *refs: Any) -> None:
 
             def one(number: Any, carry: Any) -> Any:
                 to = pl.ds(place[number] % step, 1)
-                for h in range(opened.shape[0]):
-                    opened[h, to] = rows[slot, number - begin[job], i, pl.ds(h, 1)]
+                heads = range(opened.shape[0])
+                # Everything is loaded before anything is stored, so that nothing waits.
+                new = [rows[slot, number - begin[job], i, pl.ds(h, 1)] for h in heads]
+                for h in heads:
+                    opened[h, to] = new[h]
                 return carry
 
             jax.lax.fori_loop(begin[job], begin[job + 1], one, None)
