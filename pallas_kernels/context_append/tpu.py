@@ -76,7 +76,7 @@ def context_append(
             scratch_shapes=[
                 pltpu.VMEM((slots, 2 * L, Hk, step, wide), dtype),
                 pltpu.VMEM((slots, step, 2 * L, Hk, wide), jnp.float32),
-                pltpu.VMEM((Hk, step, wide), jnp.float32),
+                pltpu.VMEM((2 * L, Hk, step, wide), jnp.float32),
                 pltpu.SemaphoreType.DMA((slots,)),
                 pltpu.SemaphoreType.DMA((slots,)),
             ],
@@ -186,23 +186,27 @@ def _kernel(slots: int, step: int, arrays: int, *refs: Any) -> None:
 
         fetch(job, wait)
 
-        def fill(i: Any, carry: Any) -> Any:
-            opened[...] = tiles[slot, i].astype(jnp.float32)
+        def widen(i: Any, carry: Any) -> Any:
+            opened[i] = tiles[slot, i].astype(jnp.float32)
+            return carry
 
-            def one(number: Any, carry: Any) -> Any:
-                to = pl.ds(place[number] % step, 1)
-                heads = range(opened.shape[0])
+        def put(number: Any, carry: Any) -> Any:
+            to = pl.ds(place[number] % step, 1)
+            for i in range(arrays):
+                heads = range(opened.shape[1])
                 # Everything is loaded before anything is stored, so that nothing waits.
                 new = [rows[slot, number - begin[job], i, pl.ds(h, 1)] for h in heads]
                 for h in heads:
-                    opened[h, to] = new[h]
-                return carry
-
-            jax.lax.fori_loop(begin[job], begin[job + 1], one, None)
-            tiles[slot, i] = opened[...].astype(tiles.dtype)
+                    opened[i, h, to] = new[h]
             return carry
 
-        jax.lax.fori_loop(0, arrays, fill, None)
+        def narrow(i: Any, carry: Any) -> Any:
+            tiles[slot, i] = opened[i].astype(tiles.dtype)
+            return carry
+
+        jax.lax.fori_loop(0, arrays, widen, None)
+        jax.lax.fori_loop(begin[job], begin[job + 1], put, None)
+        jax.lax.fori_loop(0, arrays, narrow, None)
         tile_copies(job, True, start)
         return carry
 
