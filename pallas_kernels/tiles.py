@@ -20,6 +20,8 @@ TILES_BYTES = 8 << 20
 TABLE_BYTES = 512 << 10
 """Of the scalar memory, for numbers of pages and tiles."""
 
+PAGES_AT_ONCE = 4
+"""Copies that one turn of the loop sets off: a turn costs as much as a page."""
 PARAMETERS = pltpu.CompilerParams(
     # A program prefetches for the one after it.
     dimension_semantics=("arbitrary",),
@@ -187,23 +189,33 @@ def _copies(
     for source, held in streams.whole:
         act(pltpu.make_async_copy(source.at[b, tile], held.at[side], arrived))
 
-    def page(number: Any, carry: Any) -> Any:
-        found = streams.pages[b * layout.pages + number]
-        for source, held in streams.paged:
-            if layout.parts:
-                rows = pl.ds(pl.multiple_of(place.start, sublanes(held.dtype)), layout.tile)
-                act(pltpu.make_async_copy(source.at[found, :, rows], held.at[side], arrived))
-            else:
-                begin = pl.multiple_of((number - place.page) * size, size)
-                to = held.at[side, :, pl.ds(begin, size)]
-                act(pltpu.make_async_copy(source.at[found], to, arrived))
-        return carry
+    def pages(begin: Any, many: int) -> None:
+        for number in (begin + i for i in range(many)):
+            page = streams.pages[b * layout.pages + number]
+            for source, held in streams.paged:
+                if layout.parts:
+                    rows = pl.ds(pl.multiple_of(place.start, sublanes(held.dtype)), layout.tile)
+                    act(pltpu.make_async_copy(source.at[page, :, rows], held.at[side], arrived))
+                else:
+                    rows = pl.ds(pl.multiple_of((number - place.page) * size, size), size)
+                    act(pltpu.make_async_copy(source.at[page], held.at[side, :, rows], arrived))
 
     if layout.parts:
-        page(place.page, None)
+        pages(place.page, 1)
     else:
         begin, beyond = _seen_pages(layout, sight, place)
-        jax.lax.fori_loop(begin, beyond, page, None)
+        turns = (beyond - begin) // PAGES_AT_ONCE
+        rest = begin + turns * PAGES_AT_ONCE
+        _repeat(0, turns, lambda turn: pages(begin + turn * PAGES_AT_ONCE, PAGES_AT_ONCE))
+        _repeat(rest, beyond, lambda number: pages(number, 1))
+
+
+def _repeat(begin: Any, end: Any, act: Callable[[Any], None]) -> None:
+    def turn(i: Any, carry: Any) -> Any:
+        act(i)
+        return carry
+
+    jax.lax.fori_loop(begin, end, turn, None)
 
 
 def _arrive(streams: Streams, b: Any, sight: Sight, tile: Any, side: Any) -> None:
@@ -247,11 +259,10 @@ def clear(held: Any, begin: Any, end: Any) -> None:
 
     @pl.when((begin > 0) | (end < held.shape[1]))
     def _() -> None:
-        def head(h: Any, carry: Any) -> Any:
+        def head(h: Any) -> None:
             value = held[h].astype(jnp.float32)
             row = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
             seen = (row >= begin) & (row < end)
             held[h] = jnp.where(seen, value, 0.0).astype(held.dtype)
-            return carry
 
-        jax.lax.fori_loop(0, held.shape[0], head, None)
+        _repeat(0, held.shape[0], head)

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.pallas_kernels import tiles
 from dspark_jax.pallas_kernels.tiles import Layout, Place, Sight, Streams
 
-PRODUCT_ROWS = 128
-"""Query rows (slots times heads) of a product; their scores are held in registers."""
+PRODUCT_ROWS = 256
+"""Query rows (slots times heads) of a product: a tile is put into the matrix unit for each of them
+again, and of more rows than that the scores go through memory more often."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
