@@ -89,6 +89,28 @@ KERNELS = {
     REDUCED: draw(BATCH, 151936, 32000),
 }
 
+ODD = {
+    "fp8_matmul": product(3, 200, 72),
+    "fp8_matmul, two tiles of rows": product(530, 384, 130),
+    "fp8_matmul, beyond the last tile": product(40, 2496, 1216),
+    "fp8_matmul_w8a8": product(7, 2496, 1216, "fp8_matmul_w8a8"),
+    "fp8_experts": experts(5, 3, 200, 130),
+    "fp8_experts, two tiles of rows": experts(2000, 300, 200, 200),
+    "markov_step": step(3, 17, 777),
+    "markov_step, many sequences": step(1024, 256, 5000),
+    "row_statistics": statistics(11, 9, 2049),
+    "row_statistics, many sequences": statistics(200, 5, 300),
+    "residual_draw": draw(11, 2049, 2049),
+    "residual_draw, many sequences": draw(70, 600, 70),
+}
+"""Sizes that no model has and no kernel refuses."""
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes_compile_too(name: str, topology: str):
+    assert vmem_bytes(compile_kernel(ODD[name], topology)) < 48 * 2**20
+
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", KERNELS)
