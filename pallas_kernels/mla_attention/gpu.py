@@ -38,8 +38,10 @@ ROWS = {True: 64, False: 128}
 """Slots times heads of a tile."""
 MOST_COLUMNS = 256
 """Of the sum, for one half."""
-CHUNK = 64
-"""Columns of the sum multiplied or moved at once."""
+CHUNK = {False: 64, True: 32}
+"""Columns of the sum multiplied at once, and where rows are selected: so that nothing spills."""
+REGISTERS = {"multiplying": 224, "fetching": 56}
+"""Of a thread, where two warpgroups multiply and one fetches: 65536 in all."""
 MOST_LATENT, MOST_ROPE = 512, 64
 """What shared memory has room for."""
 
@@ -65,8 +67,8 @@ def unsupported(
         return reason
     if {x.dtype for x in (latent, rope, context_latent, context_rope)} != {jnp.dtype("bfloat16")}:
         return f"rows are {latent.dtype}, latents {context_latent.dtype}; only bfloat16 is run."
-    if r % CHUNK or r > MOST_LATENT or (r > MOST_COLUMNS and r % (2 * CHUNK)):
-        return f"latents have {r} numbers; the kernel takes multiples of {CHUNK} up to 512."
+    if r % 64 or r > MOST_LATENT or (r > MOST_COLUMNS and r % 128):
+        return f"latents have {r} numbers; the kernel takes multiples of 64 up to {MOST_LATENT}."
     if p % 32 or p > MOST_ROPE:
         return f"{p} numbers are rotated; the kernel takes 32 or {MOST_ROPE}."
     if size % 8 or (P > 1 and size % TILE and TILE % size):
@@ -203,7 +205,7 @@ def _kernel(
     @pl.when(warpgroup < fetching)
     def multiply():
         if hopper and fetching == 2:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS["multiplying"], action="increase")
         half = warpgroup if hopper else lax.axis_index("half")
         first, steps = span()
 
@@ -213,6 +215,8 @@ def _kernel(
             source = visible_rows.at[b, tile if sparse else 0, some_rows]
             by_row = plgpu.load(source, layout=layout.reduce(1), optimized=False)
             if sparse:
+                # Or the bits that columns stand for would keep registers for the whole loop.
+                column = lax.optimization_barrier(column)
                 bits = lax.broadcast_in_dim(by_row, shape, (0,)) >> column
                 return (bits & 1) != 0
             return column <= lax.broadcast_in_dim(by_row - tile * TILE, shape, (0,))
@@ -220,14 +224,15 @@ def _kernel(
         plgpu.barrier_wait(scratch["asked_arrived"])
         sides = _hopper if hopper else _blackwell
         written = sums.at[split, b, some_rows]
-        top, weight = sides(steps, half, scale, visible, scratch, written)
+        chunk = CHUNK[sparse]
+        top, weight = sides(steps, (half, chunk), scale, visible, scratch, written)
         tops[half, split, b, some_rows] = top
         weights[half, split, b, some_rows] = weight
 
     @pl.when(warpgroup == fetching)
     def fetch():
         if hopper and fetching == 2:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS["fetching"], action="decrease")
         for source, target in ((latent, "asked"), (rope, "asked_turned")):
             plgpu.copy_gmem_to_smem(
                 source.at[b, some_rows], scratch[target], scratch["asked_arrived"]
@@ -264,9 +269,13 @@ def _fetch(span: Any, pages: Any, b: Any, context: Any, scratch: dict[str, Any])
 
 
 def _hopper(
-    steps: Any, half: Any, scale: float, visible: Any, scratch: dict[str, Any], sums: Any
+    steps: Any, cut: Any, scale: float, visible: Any, scratch: dict[str, Any], sums: Any
 ) -> tuple[Any, Any]:
-    """All steps with half the sum in registers; writes it and returns (maximum, weight)."""
+    """All steps with half the sum in registers; writes it and returns (maximum, weight).
+
+    `cut` is which half, and how many of its columns are multiplied at once.
+    """
+    half, chunk = cut
     asked, latents, layout = scratch["asked"], scratch["latents"], plgpu.Layout.WGMMA
     (stages, _, r), rows = latents.shape, asked.shape[0]
     columns = r // r_halves(sums, scratch)
@@ -284,29 +293,30 @@ def _hopper(
         side = scratch["shares"].at[2 * half + lax.rem(step, 2)]
         side[...] = shares.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        by_row = lax.broadcast_in_dim(old, (rows, CHUNK), (0,))
+        by_row = lax.broadcast_in_dim(old, (rows, chunk), (0,))
         totals = tuple(
             total * by_row
-            + wgmma((side, latents.at[slot, :, pl.ds(half * columns + i * CHUNK, CHUNK)]))
+            + wgmma((side, latents.at[slot, :, pl.ds(half * columns + i * chunk, chunk)]))
             for i, total in enumerate(totals)
         )
         release(scratch["consumed"].at[slot], step + stages < steps)
         return totals, top, weight
 
     def zeros() -> Any:
-        return plgpu.layout_cast(jnp.zeros((rows, CHUNK), jnp.float32), layout)
+        return plgpu.layout_cast(jnp.zeros((rows, chunk), jnp.float32), layout)
 
-    totals = tuple(zeros() for _ in range(columns // CHUNK))
+    totals = tuple(zeros() for _ in range(columns // chunk))
     totals, top, weight = lax.fori_loop(0, steps, add, (totals, *start(rows, layout)))
     for i, total in enumerate(totals):
-        sums[:, pl.ds(half * columns + i * CHUNK, CHUNK)] = total
+        sums[:, pl.ds(half * columns + i * chunk, chunk)] = total
     return top, weight
 
 
 def _blackwell(
-    steps: Any, half: Any, scale: float, visible: Any, scratch: dict[str, Any], sums: Any
+    steps: Any, cut: Any, scale: float, visible: Any, scratch: dict[str, Any], sums: Any
 ) -> tuple[Any, Any]:
     """All steps with half the sum in tensor memory; writes it and returns (maximum, weight)."""
+    half, chunk = cut
     asked, latents, layout = scratch["asked"], scratch["latents"], plgpu.Layout.TCGEN05
     multiplied, total = scratch["multiplied"], scratch["total"]
     stages, rows, columns = latents.shape[0], asked.shape[0], total.shape[1]
@@ -324,7 +334,7 @@ def _blackwell(
         shares, top, weight, old = weigh(scores, visible(step, scores.shape), scale, *carry)
         scratch["shares"][0] = shares.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        pl.when(step > 0)(lambda: scale_rows(total, old, CHUNK))
+        pl.when(step > 0)(lambda: scale_rows(total, old, chunk))
         plgpu.tcgen05_mma(
             *(total, scratch["shares"].at[0]),
             latents.at[slot, :, pl.ds(half * columns, columns)],
@@ -336,6 +346,6 @@ def _blackwell(
         return top, weight
 
     top, weight = lax.fori_loop(0, steps, add, start(rows, layout))
-    for i in range(0, columns, CHUNK):
-        sums[:, pl.ds(half * columns + i, CHUNK)] = load(total.at[:, pl.ds(i, CHUNK)])
+    for i in range(0, columns, chunk):
+        sums[:, pl.ds(half * columns + i, chunk)] = load(total.at[:, pl.ds(i, chunk)])
     return top, weight

@@ -1,0 +1,211 @@
+"""Compiles every GPU kernel for one GPU that is not there, at full size, and says what it takes.
+
+    python tests/aot/gpu_kernels.py h200      # or b200, b300: one in each process
+
+needs the CUDA compiler (pip install -e '.[cuda]'), no GPU. Prints one line for each kernel:
+registers of a thread, bytes spilled, shared and tensor memory, seconds to compile. Exit status 1 if
+the compiler refuses one, or one spills in its main loop. Where nvdisasm is installed beside ptxas
+(pip install nvidia-cuda-nvdisasm) the machine code shows where a spill is; without, all count.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARCHITECTURES = {"h200": "sm_90a", "b200": "sm_100a", "b300": "sm_103a"}
+DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
+SPILLED = 16
+"""Bytes that may be spilled where nothing shows that it is outside of the main loop."""
+
+
+class Report(NamedTuple):
+    """What the compiler says of one kernel; sizes in bytes, tensor memory in columns."""
+
+    registers: int
+    spilled: int
+    spilled_in_loop: int | None
+    shared: int
+    tensor: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether the main loop does."""
+        if self.spilled_in_loop is None:
+            return self.spilled > SPILLED
+        return self.spilled_in_loop > 0
+
+
+def report_of(said: str) -> Report:
+    """Read from the dumps of the last kernel that was compiled."""
+
+    def number(pattern: str) -> int:
+        found = re.findall(pattern, said)
+        if not found:
+            raise ValueError(f"the compiler said nothing like {pattern!r}.")
+        return int(found[-1])
+
+    return Report(
+        registers=number(r"Used (\d+) registers"),
+        spilled=number(r"(\d+) bytes spill stores"),
+        spilled_in_loop=spilled_in_loop(said),
+        shared=number(r"smem_scratch_bytes=(\d+)"),
+        tensor=number(r"tmem_scratch_cols=(\d+)"),
+    )
+
+
+def spilled_in_loop(said: str) -> int | None:
+    """Local loads and stores within the smallest loops that multiply; None without machine code."""
+    labels, code = {}, []
+    for line in said.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    if not code:
+        return None
+    loops = []
+    for end, instruction in enumerate(code):
+        jump = re.search(r"BRA.*\.(L_x_\d+)", instruction)
+        if jump and labels.get(jump[1], end + 1) <= end:
+            body = code[labels[jump[1]] : end]
+            if any("MMA" in one for one in body):
+                loops.append(body)
+    smallest = min(loops, key=len, default=code)
+    return sum("STL" in one or "LDL" in one for one in smallest)
+
+
+def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Name: (function of arrays, their shapes), with the shapes of Qwen3-8B and GLM-5.2."""
+    import jax
+    import jax.numpy as jnp
+
+    from dspark_jax.pallas_kernels.block_attention import gpu as block_attention
+    from dspark_jax.pallas_kernels.fp8_matmul import gpu as fp8_matmul
+    from dspark_jax.pallas_kernels.markov import gpu as markov
+    from dspark_jax.pallas_kernels.mla_attention import gpu as mla_attention
+
+    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    integers = partial(shape, dtype=jnp.int32)
+
+    def product(name: str, R: int, size_in: int, size_out: int) -> Any:
+        blocks = (3, -(-size_in // 128), -(-size_out // 128))
+        function = partial(getattr(fp8_matmul, name), block=(128, 128), arch=arch)
+        values = shape(3, size_in, size_out, dtype=jnp.float8_e4m3fn)
+        return function, (shape(R, size_in), values, shape(*blocks, dtype=jnp.float32), integers())
+
+    def block(B: int, K: int, H: int, Hk: int, d: int, size: int, window: int | None = None):
+        own, cache = shape(B, K, Hk, d), shape(B * 16384 // size, Hk, size, d)
+        function = partial(
+            block_attention.block_attention, window=window, causal=window is not None, arch=arch
+        )
+        table = integers(B, 16384 // size)
+        return function, (shape(B, K, H, d), own, own, cache, cache, table, integers(B))
+
+    def latents(B: int, H: int, size: int, sparse: bool) -> Any:
+        cache = (shape(B * 16384 // size, size, 512), shape(B * 16384 // size, size, 64))
+        function = partial(mla_attention.mla_attention, scale=256**-0.5, arch=arch)
+        selected = (shape(B, 8, 16384, dtype=jnp.bool_),) if sparse else ()
+        table = integers(B, 16384 // size)
+        asked = (shape(B, 8, H, 512), shape(B, 8, H, 64))
+        return function, (*asked, *cache, table, integers(B, 8), *selected)
+
+    def drawing(B: int, Vd: int) -> Any:
+        base, words = shape(8, B, Vd, dtype=jnp.float32), shape(B, 2, dtype=jnp.uint32)
+        heat = shape(B, dtype=jnp.float32)
+        factors = (shape(B, 256), shape(256, Vd))
+        return partial(markov.markov_step, arch=arch), (
+            *(base, *factors, words, heat, integers(), integers()),
+        )
+
+    return {
+        "fp8_matmul 8 x 6144 x 2048": product("fp8_matmul", 8, 6144, 2048),
+        "fp8_matmul 64 x 6144 x 576": product("fp8_matmul", 64, 6144, 576),
+        "fp8_matmul 512 x 16384 x 6144": product("fp8_matmul", 512, 16384, 6144),
+        "fp8_matmul_w8a8 8 x 2048 x 16384": product("fp8_matmul_w8a8", 8, 2048, 16384),
+        "fp8_matmul_w8a8 512 x 6144 x 12288": product("fp8_matmul_w8a8", 512, 6144, 12288),
+        "block_attention Qwen3-8B, pages": block(64, 7, 32, 8, 128, 16),
+        "block_attention Qwen3-8B, window": block(64, 7, 32, 8, 128, 16, window=2048),
+        "block_attention Qwen3-8B, one request": block(1, 7, 32, 8, 128, 16384),
+        "block_attention GLM-5.2, pages": block(8, 8, 64, 32, 96, 16),
+        "block_attention GLM-5.2 of 8 devices": block(64, 8, 8, 4, 96, 16384),
+        "mla_attention, pages": latents(8, 64, 16, sparse=False),
+        "mla_attention of 8 devices, pages": latents(64, 8, 16, sparse=False),
+        "mla_attention of 8 devices, sparse": latents(64, 8, 16, sparse=True),
+        "mla_attention of 8 devices, one request": latents(1, 8, 16384, sparse=True),
+        "markov Qwen3-8B": drawing(64, 151936),
+        "markov GLM-5.2": drawing(64, 154880),
+        "markov GLM-5.2 of 8 devices": drawing(8, 19360),
+    }
+
+
+def compile_kernel(function: Callable[..., Any], shapes: tuple[Any, ...], device: Any) -> None:
+    """The whole program; what a compiler refuses, it raises."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    place = SingleDeviceSharding(device)
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
+    with jax.default_device(device):
+        jax.jit(function).trace(*placed).lower().compile()
+
+
+def overheard(run: Callable[[], None]) -> str:
+    """All that a compiler writes to this process's output while `run` runs."""
+    with tempfile.TemporaryFile("w+") as heard:
+        kept = [os.dup(number) for number in (1, 2)]
+        sys.stdout.flush()
+        try:
+            for number in (1, 2):
+                os.dup2(heard.fileno(), number)
+            run()
+            sys.stdout.flush()
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+        heard.seek(0)
+        return heard.read()
+
+
+def main(name: str) -> int:
+    """Prints the table; 0 if every kernel compiled and none spilled in its main loop."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    os.environ.update(dict.fromkeys(DUMPS, "1"))
+    from dspark_jax.plan.chips import parse_machine
+    from dspark_jax.plan.topology import devices_of, set_environment
+
+    set_environment()
+    (device,) = devices_of(parse_machine(f"{name}:1x1"))
+    bad = 0
+    print(f"{name:40} regs spilled in loop  shared tensor seconds")
+    for kernel, (function, shapes) in kernels(ARCHITECTURES[name]).items():
+        began = time.perf_counter()
+        try:
+            said = overheard(partial(compile_kernel, function, shapes, device))
+        except Exception as error:  # of any compiler; the other kernels are still tried
+            print(f"{kernel:40} refused: {str(error).splitlines()[-1]}", flush=True)
+            bad += 1
+            continue
+        one, seconds = report_of(said), time.perf_counter() - began
+        in_loop = "-" if one.spilled_in_loop is None else one.spilled_in_loop
+        print(
+            f"{kernel:40} {one.registers:4} {one.spilled:7} {in_loop:>7} {one.shared:7} "
+            f"{one.tensor:6} {seconds:7.1f}{'  spills' if one.spills else ''}",
+            flush=True,
+        )
+        bad += one.spills
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in ARCHITECTURES:
+        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)}")
+    sys.exit(main(sys.argv[1]))

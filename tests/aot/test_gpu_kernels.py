@@ -1,0 +1,32 @@
+"""Without hardware: GPU kernels compile for every GPU, at full size, and spill in no loop."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dspark_jax.pallas_kernels import gpu_target
+from dspark_jax.plan.topology import COMPILERS
+
+SCRIPT = Path(__file__).with_name("gpu_kernels.py")
+MISSING = gpu_target.missing()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not any(map(importlib.util.find_spec, COMPILERS["cuda"])),
+        reason="the CUDA compiler is not installed (pip install -e '.[cuda]')",
+    ),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
+
+
+@pytest.mark.parametrize("gpu", ["h200", "b200", "b300"])
+def test_every_kernel_compiles_and_spills_in_no_loop(gpu: str):
+    """In a process of its own: ptxas compiles for one GPU in each."""
+    done = subprocess.run([sys.executable, SCRIPT, gpu], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
