@@ -22,6 +22,7 @@ from dspark_jax.pallas_kernels.fp8_matmul.tpu import (
     X_BYTES,
     largest_divisor,
     multiplies,
+    prepared,
     spread_scales,
 )
 
@@ -190,11 +191,11 @@ def _kernel(
     def multiply(j: int) -> None:
         number = k * (summed // rows) + j
         right = values[j * rows : (j + 1) * rows]
-        right = right if direct else right.astype(x.dtype)
         if size_in % summed:
             row = jax.lax.broadcasted_iota(jnp.int32, right.shape, 0)
             right = jnp.where(row < size_in - number * rows, right, jnp.zeros_like(right))
-        scale = spread_scales(scales, number, n, wide, columns)
+        right, factor = prepared(right, x.dtype, direct)
+        scale = factor * spread_scales(scales, number, n, wide, columns)
         channels = pl.ds(pl.multiple_of(number * rows, rows), rows)
 
         def add(i: Any, _: None) -> None:

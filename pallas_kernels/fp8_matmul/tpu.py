@@ -2,8 +2,8 @@
 
 A grid over tiles of rows, of columns and of the sum. x stays in VMEM for as long as its rows do;
 the matrix streams past in tiles as it is stored, of a stack only the layer meant. Each block of
-rows is multiplied in bfloat16 (or as it is, where the matrix unit takes e4m3) and added to a
-float32 total times its scales, which are scalars in SMEM.
+rows is multiplied as eight-bit numbers wherever the matrix unit takes them, and added to a float32
+total times its scales, which are scalars in SMEM.
 """
 
 import functools
@@ -215,21 +215,38 @@ def _kernel(
         left = x[:, pl.ds(pl.multiple_of(number * rows, rows), rows)]
         here = slice(j * rows, (j + 1) * rows)
         right = values[:, here] if turned else values[here]
-        if not direct:
-            left = left.astype(jnp.bfloat16) if token_scales else left
-            right = right.astype(left.dtype)
+        left = left if direct or not token_scales else left.astype(jnp.bfloat16)
         if size_in % tiles.summed:
             row = jax.lax.broadcasted_iota(jnp.int32, right.shape, int(turned))
             right = jnp.where(row < size_in - number * rows, right, jnp.zeros_like(right))
+        right, factor = prepared(right, left.dtype, direct)
         contracted = (((1,), (int(turned),)), ((), ()))
         part = jax.lax.dot_general(left, right, contracted, preferred_element_type=jnp.float32)
         if token_scales:
             part = part * column(token_scales[0][...], number)
-        total[...] += part * spread_scales(scales, number, n, tiles.columns, columns)
+        total[...] += part * (factor * spread_scales(scales, number, n, tiles.columns, columns))
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def prepared(values: Any, left: Any, direct: bool) -> tuple[Any, float]:
+    """What a matrix unit multiplies numbers of type `left` by, and how much too small that is.
+
+    v5 and v6 take e4m3b11fnuz as it is. That is e4m3fn with another bias of the exponent, so 16
+    times smaller, and without what fn calls -0, which becomes 0 here, four numbers to a word.
+    Converted to bfloat16 one by one, a tile would take longer than its copy.
+    """
+    if direct:
+        return values, 1.0
+    if left != jnp.bfloat16 or values.shape[0] % 32:
+        return values.astype(left), 1.0
+    sign, rest = jnp.uint32(0x80808080), jnp.uint32(0x7F7F7F7F)
+    words = pltpu.bitcast(values, jnp.uint32)
+    other = words ^ sign
+    zeros = ~(((other & rest) + rest) | other | rest)
+    return pltpu.bitcast(words ^ zeros, jnp.float8_e4m3b11fnuz), 16.0
 
 
 def column(x: Any, number: Any) -> Any:

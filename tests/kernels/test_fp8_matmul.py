@@ -103,6 +103,16 @@ def test_a_product_is_the_sum_of_scaled_blocks(name: str, case: Case, operation:
     assert np.all(np.abs(np.asarray(y, np.float64) - truth) <= allowed)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_number_there_is_is_multiplied_as_itself(name: str):
+    code = np.arange(128 * 128, dtype=np.uint8).reshape(128, 128)
+    code[(code & 0x7F) == 0x7F] = 0x80  # NaN; this is -0
+    values = jax.lax.bitcast_convert_type(jnp.asarray(code), jnp.float8_e4m3fn)
+    x, scales = jnp.eye(128, dtype=jnp.bfloat16), jnp.full((1, 1), 0.5)
+    y = implementation(name, "fp8_matmul")(x, values, scales, block=BLOCK)
+    assert np.array_equal(y, values.astype(jnp.float32) / 2)
+
+
 @pytest.mark.parametrize("case", CASES[1::3], ids=lambda case: "x".join(map(str, case[:3])))
 def test_the_reference_computes_what_the_core_does_to_the_last_bit(case: Case):
     x, values, scales, layer = arguments(case)
