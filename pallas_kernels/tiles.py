@@ -20,6 +20,15 @@ TILES_BYTES = 8 << 20
 TABLE_BYTES = 512 << 10
 """Of the scalar memory, for numbers of pages and tiles."""
 
+PAGES_AT_ONCE = 4
+"""Copies that one turn of the loop sets off: a turn costs as much as a page."""
+PARAMETERS = pltpu.CompilerParams(
+    # A program prefetches for the one after it.
+    dimension_semantics=("arbitrary",),
+    # To check the addresses takes longer than to start the copy of a page.
+    disable_bounds_checks=True,
+)
+
 
 class Layout(NamedTuple):
     """How the contexts of all sequences are cut."""
@@ -158,8 +167,8 @@ def walk(
             fetch_first(b + 1, 1 - side)
 
         tile = order(b, number)
-        _copies(streams, b, own, tile, side, wait)
         place = place_of(layout, tile)
+        _arrive(streams, b, own, tile, side)
         visit(side, place, jnp.maximum(own.begin, place.new) - place.row, own.end - place.row)
         return 1 - side
 
@@ -180,24 +189,56 @@ def _copies(
     for source, held in streams.whole:
         act(pltpu.make_async_copy(source.at[b, tile], held.at[side], arrived))
 
-    def page(number: Any, carry: Any) -> Any:
-        found = streams.pages[b * layout.pages + number]
-        for source, held in streams.paged:
-            if layout.parts:
-                rows = pl.ds(pl.multiple_of(place.start, sublanes(held.dtype)), layout.tile)
-                act(pltpu.make_async_copy(source.at[found, :, rows], held.at[side], arrived))
-            else:
-                begin = pl.multiple_of((number - place.page) * size, size)
-                to = held.at[side, :, pl.ds(begin, size)]
-                act(pltpu.make_async_copy(source.at[found], to, arrived))
-        return carry
+    def pages(begin: Any, many: int) -> None:
+        for number in (begin + i for i in range(many)):
+            page = streams.pages[b * layout.pages + number]
+            for source, held in streams.paged:
+                if layout.parts:
+                    rows = pl.ds(pl.multiple_of(place.start, sublanes(held.dtype)), layout.tile)
+                    act(pltpu.make_async_copy(source.at[page, :, rows], held.at[side], arrived))
+                else:
+                    rows = pl.ds(pl.multiple_of((number - place.page) * size, size), size)
+                    act(pltpu.make_async_copy(source.at[page], held.at[side, :, rows], arrived))
 
     if layout.parts:
-        page(place.page, None)
+        pages(place.page, 1)
     else:
-        begin = jnp.maximum(sight.begin // size, place.page)
-        beyond = jnp.minimum(pl.cdiv(sight.end, size), place.page + layout.tile // size)
-        jax.lax.fori_loop(begin, beyond, page, None)
+        begin, beyond = _seen_pages(layout, sight, place)
+        turns = (beyond - begin) // PAGES_AT_ONCE
+        rest = begin + turns * PAGES_AT_ONCE
+        _repeat(0, turns, lambda turn: pages(begin + turn * PAGES_AT_ONCE, PAGES_AT_ONCE))
+        _repeat(rest, beyond, lambda number: pages(number, 1))
+
+
+def _repeat(begin: Any, end: Any, act: Callable[[Any], None]) -> None:
+    def turn(i: Any, carry: Any) -> Any:
+        act(i)
+        return carry
+
+    jax.lax.fori_loop(begin, end, turn, None)
+
+
+def _arrive(streams: Streams, b: Any, sight: Sight, tile: Any, side: Any) -> None:
+    """Wait for a tile; where all its pages are seen, for their bytes at once."""
+    layout = streams.layout
+    begin, beyond = _seen_pages(layout, sight, place_of(layout, tile))
+    full = jnp.logical_and(not layout.parts, beyond - begin == layout.tile // layout.size)
+
+    @pl.when(full)
+    def _() -> None:
+        for _, held in (*streams.paged, *streams.whole):
+            wait(pltpu.make_async_copy(held.at[side], held.at[side], streams.arrived.at[side]))
+
+    @pl.when(jnp.logical_not(full))
+    def _() -> None:
+        _copies(streams, b, sight, tile, side, wait)
+
+
+def _seen_pages(layout: Layout, sight: Sight, place: Place) -> tuple[Any, Any]:
+    """The seen pages of a tile of whole pages: numbers [begin, beyond)."""
+    begin = jnp.maximum(sight.begin // layout.size, place.page)
+    beyond = jnp.minimum(pl.cdiv(sight.end, layout.size), place.page + layout.tile // layout.size)
+    return begin, beyond
 
 
 def start(copy: Any) -> None:
@@ -218,11 +259,10 @@ def clear(held: Any, begin: Any, end: Any) -> None:
 
     @pl.when((begin > 0) | (end < held.shape[1]))
     def _() -> None:
-        def head(h: Any, carry: Any) -> Any:
+        def head(h: Any) -> None:
             value = held[h].astype(jnp.float32)
             row = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
             seen = (row >= begin) & (row < end)
             held[h] = jnp.where(seen, value, 0.0).astype(held.dtype)
-            return carry
 
-        jax.lax.fori_loop(0, held.shape[0], head, None)
+        _repeat(0, held.shape[0], head)

@@ -1,6 +1,7 @@
 """Block attention on a TPU: the context is read once, as far as it is filled, tile by tile."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.pallas_kernels import tiles
 from dspark_jax.pallas_kernels.tiles import Layout, Place, Streams
+
+HEADS_AT_ONCE = 2
+"""Heads whose steps overlap, for one waits for its products; of more the registers run out."""
 
 
 def block_attention(
@@ -57,7 +61,7 @@ def block_attention(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=tiles.PARAMETERS,
         cost_estimate=pl.CostEstimate(
             flops=4 * B * H * K * (read + K) * d,
             transcendentals=B * H * K * (read + K),
@@ -125,6 +129,7 @@ def _kernel(
     arrived: Any,
 ) -> None:
     Hk = query.shape[1]
+    at_once = math.gcd(Hk, HEADS_AT_ONCE)
     paged = ((context_key, keys), (context_value, values))
     streams = Streams(layout, pages, paged, (), turn, arrived)
 
@@ -145,18 +150,22 @@ def _kernel(
     def visit(side: Any, place: Place, begin: Any, end: Any) -> None:
         tiles.clear(values.at[side], begin, end)
 
-        def over_head(h: Any, carry: Any) -> Any:
-            scores = _scores(query[0, h], keys[side, h], scale)
-            row = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            scores = jnp.where((row >= begin) & (row < end), scores, -jnp.inf)
-            highest = jnp.maximum(top[h], jnp.max(scores, axis=-1, keepdims=True))
-            weight, old = jnp.exp(scores - highest), jnp.exp(top[h] - highest)
-            total[h] = total[h] * old + jnp.sum(weight, axis=-1, keepdims=True)
-            mixed[h] = mixed[h] * old + _mix(weight, values[side, h])
-            top[h] = highest
+        def over_heads(number: Any, carry: Any) -> Any:
+            # Everything is loaded before anything is stored: the steps of several heads overlap.
+            some = [number * at_once + i for i in range(at_once)]
+            before = [(top[h], total[h], mixed[h]) for h in some]
+            scores = [_scores(query[0, h], keys[side, h], scale) for h in some]
+            row = jax.lax.broadcasted_iota(jnp.int32, scores[0].shape, 1)
+            seen = (row >= begin) & (row < end)
+            after = [
+                _mix_in(old, jnp.where(seen, one, -jnp.inf), values[side, h])
+                for h, old, one in zip(some, before, scores, strict=True)
+            ]
+            for h, new in zip(some, after, strict=True):
+                top[h], total[h], mixed[h] = new
             return carry
 
-        jax.lax.fori_loop(0, Hk, over_head, None)
+        jax.lax.fori_loop(0, Hk // at_once, over_heads, None)
 
     tiles.walk(streams, lambda b: tiles.sight_of(layout, length[b]), visit)
 
@@ -171,6 +180,15 @@ def _scores(query: Any, key: Any, scale: float) -> Any:
     dims = (((1,), (1,)), ((), ()))
     scores = jax.lax.dot_general(query, key, dims, preferred_element_type=jnp.float32)
     return scores * scale
+
+
+def _mix_in(before: tuple[Any, Any, Any], scores: Any, value: Any) -> tuple[Any, Any, Any]:
+    """(highest score, sum of weights, mixed values) with those of a tile."""
+    top, total, mixed = before
+    highest = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+    weight, old = jnp.exp(scores - highest), jnp.exp(top - highest)
+    total = total * old + jnp.sum(weight, axis=-1, keepdims=True)
+    return highest, total, mixed * old + _mix(weight, value)
 
 
 def _mix(weight: Any, value: Any) -> Any:

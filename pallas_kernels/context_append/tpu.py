@@ -15,7 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.pallas_kernels.context_append.reference import keys_values
-from dspark_jax.pallas_kernels.tiles import TABLE_BYTES, TILES_BYTES, start, sublanes, wait
+from dspark_jax.pallas_kernels.tiles import (
+    PARAMETERS,
+    TABLE_BYTES,
+    TILES_BYTES,
+    start,
+    sublanes,
+    wait,
+)
 
 MOST_SLOTS = 8
 """Tiles in flight: half are read, half are written."""
@@ -69,14 +76,14 @@ def context_append(
             scratch_shapes=[
                 pltpu.VMEM((slots, 2 * L, Hk, step, wide), dtype),
                 pltpu.VMEM((slots, step, 2 * L, Hk, wide), jnp.float32),
-                pltpu.VMEM((Hk, step, wide), jnp.float32),
+                pltpu.VMEM((2 * L, Hk, step, wide), jnp.float32),
                 pltpu.SemaphoreType.DMA((slots,)),
                 pltpu.SemaphoreType.DMA((slots,)),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x in contexts],
         input_output_aliases={len(runs) + 1 + i: i for i in range(len(contexts))},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=PARAMETERS,
         cost_estimate=pl.CostEstimate(
             flops=0, transcendentals=0, bytes_accessed=2 * touched * tile + new.size * 4
         ),
@@ -179,20 +186,27 @@ def _kernel(slots: int, step: int, arrays: int, *refs: Any) -> None:
 
         fetch(job, wait)
 
-        def fill(i: Any, carry: Any) -> Any:
-            opened[...] = tiles[slot, i].astype(jnp.float32)
-
-            def one(number: Any, carry: Any) -> Any:
-                to = pl.ds(place[number] % step, 1)
-                for h in range(opened.shape[0]):
-                    opened[h, to] = rows[slot, number - begin[job], i, pl.ds(h, 1)]
-                return carry
-
-            jax.lax.fori_loop(begin[job], begin[job + 1], one, None)
-            tiles[slot, i] = opened[...].astype(tiles.dtype)
+        def widen(i: Any, carry: Any) -> Any:
+            opened[i] = tiles[slot, i].astype(jnp.float32)
             return carry
 
-        jax.lax.fori_loop(0, arrays, fill, None)
+        def put(number: Any, carry: Any) -> Any:
+            to = pl.ds(place[number] % step, 1)
+            for i in range(arrays):
+                heads = range(opened.shape[1])
+                # Everything is loaded before anything is stored, so that nothing waits.
+                new = [rows[slot, number - begin[job], i, pl.ds(h, 1)] for h in heads]
+                for h in heads:
+                    opened[i, h, to] = new[h]
+            return carry
+
+        def narrow(i: Any, carry: Any) -> Any:
+            tiles[slot, i] = opened[i].astype(tiles.dtype)
+            return carry
+
+        jax.lax.fori_loop(0, arrays, widen, None)
+        jax.lax.fori_loop(begin[job], begin[job + 1], put, None)
+        jax.lax.fori_loop(0, arrays, narrow, None)
         tile_copies(job, True, start)
         return carry
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.pallas_kernels import tiles
 from dspark_jax.pallas_kernels.tiles import Layout, Place, Sight, Streams
 
-PRODUCT_ROWS = 128
-"""Query rows (slots times heads) of a product; their scores are held in registers."""
+PRODUCT_ROWS = 256
+"""Query rows (slots times heads) of a product: a tile is put into the matrix unit for each of them
+again, and of more rows than that the scores go through memory more often."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -69,7 +70,7 @@ def mla_attention(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((B, S * heads, r), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=tiles.PARAMETERS,
         cost_estimate=pl.CostEstimate(
             flops=2 * B * S * H * capacity * (2 * r + rope.shape[-1]),
             transcendentals=B * S * H * capacity,

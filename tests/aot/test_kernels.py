@@ -54,6 +54,33 @@ def append(D: int, Hk: int, d: int, size: int, batch: int = BATCH) -> Kernel:
     )
 
 
+def odd_block(d: int, size: int, Hk: int, ratio: int, dtype: str, P: int = 7) -> Kernel:
+    cache, own = shape(20, Hk, size, d, dtype=dtype), shape(3, 5, Hk, d, dtype=dtype)
+    query, table = shape(3, 5, Hk * ratio, d, dtype=dtype), shape(3, P, dtype="int32")
+    given = (query, own, own, cache, cache, table, shape(3, dtype="int32"))
+    settings = {"window": 20, "causal": True}
+    assert block_attention.unsupported(*given, **settings) is None
+    return Kernel(partial(block_attention.block_attention, **settings), given)
+
+
+def odd_mla(S: int, H: int, size: int, dtype: str, P: int = 21) -> Kernel:
+    latents, turned = shape(40, size, 128, dtype=dtype), shape(40, size, 96, dtype=dtype)
+    asked = shape(2, S, H, 128, dtype=dtype), shape(2, S, H, 72, dtype=dtype)
+    rows = shape(2, P, dtype="int32"), shape(2, S, dtype="int32")
+    given = (*asked, latents, turned, *rows, shape(2, S, P * size, dtype="bool"))
+    assert mla_attention.unsupported(*given, scale=0.1) is None
+    return Kernel(partial(mla_attention.mla_attention, scale=0.1), given)
+
+
+def odd_append(R: int, Hk: int, d: int, size: int, dtype: str) -> Kernel:
+    rows, context = shape(R, dtype="int32"), (shape(10, Hk, size, d, dtype=dtype),) * 3
+    hidden, kernel = shape(R, 64, dtype=dtype), shape(64, 3 * 2 * Hk * d, dtype=dtype)
+    given = (hidden, kernel, shape(3, d, dtype=dtype), rows, rows, rows, context, context)
+    settings = {"eps": 1e-6, "theta": 1e4}
+    assert context_append.unsupported(*given, **settings) is None
+    return Kernel(partial(context_append.context_append, **settings), given, donated=(6, 7))
+
+
 QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
 GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
 """Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
@@ -76,6 +103,18 @@ KERNELS = {
     "context_append, GLM-5.2 of 8 devices": append(6144, 4, 96, 16, batch=16),
 }
 
+ODD = {
+    "pages of 48 rows": odd_block(128, 48, 2, 3, "float32"),
+    "pages of 8 rows": odd_block(96, 8, 3, 1, "float32"),
+    "one narrow head": odd_block(32, 16, 1, 8, "bfloat16"),
+    "pages of several tiles": odd_block(256, 1072, 5, 1, "bfloat16", P=2),
+    "latents, pages of 48 rows": odd_mla(7, 10, 48, "bfloat16"),
+    "latents, pages of several tiles": odd_mla(3, 5, 1040, "bfloat16", P=2),
+    "latents, products of one slot": odd_mla(17, 40, 8, "float32"),
+    "appending a row": odd_append(1, 1, 64, 16, "bfloat16"),
+    "appending five rows": odd_append(5, 3, 96, 8, "float32"),
+}
+
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", KERNELS)
@@ -86,3 +125,8 @@ def test_a_kernel_compiles_fits_and_copies_no_cache(name: str, topology: str):
     print(f"{topology} {name}: {held / 2**20:.2f} MiB of vector memory, {copied} bytes copied")
     assert 0 < held <= 16 << 20
     assert copied < memory.argument_size_in_bytes / 20
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes_that_are_not_refused_compile(name: str):
+    assert vmem_bytes(compile_kernel(ODD[name], "v5e:2x2")) > 0
