@@ -92,7 +92,7 @@ def multiplies(left: Any, interpret: Any) -> bool:
 
 def largest_divisor(count: int, most: int) -> int:
     """Into how many blocks to cut `count` of them, so that if possible no tile is cut short."""
-    best = max(n for n in range(1, most + 1) if count % n == 0 or n == count)
+    best = max(n for n in range(1, most + 1) if count % n == 0)
     return best if 2 * best > min(count, most) else min(count, most)
 
 
@@ -121,6 +121,11 @@ def _run(
     (R, size_in), size_out = x.shape, values.shape[-1]
     tiles = _tiles(R, size_in, size_out, block, x.dtype.itemsize)
     steps = pl.cdiv(size_in, tiles.summed)
+    # Columns that do not fill lanes are stored along sublanes by XLA; read so, nothing is copied.
+    turned = size_out % LANES != 0 and size_in % LANES == 0
+    tile = (tiles.columns, tiles.summed) if turned else (tiles.summed, tiles.columns)
+    if turned:
+        values = jnp.swapaxes(values, 1, 2)
     # What a cut block's last rows are multiplied by must be zero, and not whatever VMEM holds.
     x = jnp.pad(x, ((0, 0), (0, steps * tiles.summed - size_in)))
     grid = (pl.cdiv(R, tiles.rows), pl.cdiv(size_out, tiles.columns), steps)
@@ -131,7 +136,10 @@ def _run(
 
     specs = [
         own_rows(x),
-        pl.BlockSpec((None, tiles.summed, tiles.columns), lambda m, n, k, layer: (layer[0], k, n)),
+        pl.BlockSpec(
+            (None, *tile),
+            lambda m, n, k, layer: (layer[0], n, k) if turned else (layer[0], k, n),
+        ),
         pl.BlockSpec(
             (None, *scales.shape[1:]),
             lambda m, n, k, layer: (layer[0], 0, 0),
@@ -146,6 +154,7 @@ def _run(
         tiles=tiles,
         block=block,
         size_in=size_in,
+        turned=turned,
         direct=multiplies(x.dtype, interpret),
     )
     read = x.nbytes + grid[0] * size_in * size_out + scales[0].nbytes
@@ -192,6 +201,7 @@ def _kernel(
     tiles: Tiles,
     block: tuple[int, int],
     size_in: int,
+    turned: bool,
     direct: bool,
 ) -> None:
     """Add one tile of the matrix, a block of rows at a time: `total += (x @ block) * scales`."""
@@ -203,14 +213,16 @@ def _kernel(
     for j in range(tiles.summed // rows):
         number = k * (tiles.summed // rows) + j
         left = x[:, pl.ds(pl.multiple_of(number * rows, rows), rows)]
-        right = values[j * rows : (j + 1) * rows]
+        here = slice(j * rows, (j + 1) * rows)
+        right = values[:, here] if turned else values[here]
         if not direct:
             left = left.astype(jnp.bfloat16) if token_scales else left
             right = right.astype(left.dtype)
         if size_in % tiles.summed:
-            row = jax.lax.broadcasted_iota(jnp.int32, right.shape, 0)
+            row = jax.lax.broadcasted_iota(jnp.int32, right.shape, int(turned))
             right = jnp.where(row < size_in - number * rows, right, jnp.zeros_like(right))
-        part = jnp.dot(left, right, preferred_element_type=jnp.float32)
+        contracted = (((1,), (int(turned),)), ((), ()))
+        part = jax.lax.dot_general(left, right, contracted, preferred_element_type=jnp.float32)
         if token_scales:
             part = part * column(token_scales[0][...], number)
         total[...] += part * spread_scales(scales, number, n, tiles.columns, columns)

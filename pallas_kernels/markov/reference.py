@@ -40,6 +40,8 @@ class MarkovBlock(NamedTuple):
 
     tokens: Int[Array, "B G"]
     log_q: Float[Array, "B G"]
+    lse: Float[Array, "B G"]
+    """Logarithms of sums of exp(logits / temperature), as a draw from p - q takes them."""
     odds: Float[Array, "B G"]
     embedding: Float[Array, "B G r"]
     mixed: Float[Array, "B G r"]
@@ -48,6 +50,11 @@ class MarkovBlock(NamedTuple):
 def log_probability(draw: MarkovDraw) -> Float[Array, "B"]:
     """Of the entry drawn."""
     return draw.logit - draw.best - jnp.log1p(draw.others)
+
+
+def log_sum(draw: MarkovDraw) -> Float[Array, "B"]:
+    """Of exp(logits / temperature)."""
+    return draw.best + jnp.log1p(draw.others)
 
 
 def likeliest_odds(draw: MarkovDraw) -> Float[Array, "B"]:
@@ -178,8 +185,8 @@ def run_block(
         state, mixed = mix(head_type, state, embedding, hidden, *mixing)
         draw = step(by_slot, mixed, w2, words, temperature, slot, slot * Vd)
         token = target_id[draw.entry].astype(prev.dtype)
-        drafted = token, log_probability(draw), likeliest_odds(draw), embedding, mixed
-        return (state, token), drafted
+        known = log_probability(draw), log_sum(draw), likeliest_odds(draw)
+        return (state, token), (token, *known, embedding, mixed)
 
     slots = (jnp.arange(G, dtype=jnp.int32), hidden)
     _, drafted = jax.lax.scan(position, (state, anchor), slots)

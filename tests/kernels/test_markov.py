@@ -195,6 +195,10 @@ def test_a_block_is_what_the_cores_head_draws_slot_by_slot(name: str, head_type:
         scale = jnp.where(temperature == 0, 1.0, temperature)[:, None]
         log_q = jax.nn.log_softmax(logits / scale)[jnp.arange(B), entry]
         assert np.allclose(drafted.log_q[:, g], log_q, atol=1e-5)
+        lse = jax.nn.logsumexp(logits / scale, axis=-1)
+        assert np.allclose(drafted.lse[:, g], lse, atol=1e-5)
+        odds = likeliest(logits[:, None], temperature)[:, 0]
+        assert np.allclose(drafted.odds[:, g], odds, atol=1e-4)
 
 
 def test_a_row_ignores_its_neighbours():
