@@ -181,7 +181,7 @@ def _kernel(
 
     @pl.when(lax.axis_index("warpgroup") == 0)
     def multiply():
-        all_rows = pl.ds(0, scratch["asked_tile"].shape[0])  # those beyond `asked` become zeros
+        all_rows = _reaching(0, scratch["asked_tile"].shape[0])
         plgpu.copy_gmem_to_smem(
             asked.at[b, h, all_rows], scratch["asked_tile"], scratch["asked_arrived"]
         )
@@ -222,6 +222,14 @@ def _kernel(
         )
 
 
+def _reaching(begin: int, size: int) -> Any:
+    """Rows of which some may be beyond their array: copies read zeros there, and write nothing.
+
+    The start is a number of the program's, or jax 0.12 would not have it.
+    """
+    return pl.ds(begin + 0 * lax.axis_index("split"), size)
+
+
 def _fetch(span: Any, pages: Any, b: Any, h: Any, own: Any, context: Any, scratch: Any) -> None:
     """Every step's keys and values, as slots become free."""
     own_steps, first, steps, end = span
@@ -246,7 +254,7 @@ def _fetch(span: Any, pages: Any, b: Any, h: Any, own: Any, context: Any, scratc
             def rows(which: int, i: int) -> Any:
                 # Pieces beyond the block are masked; they are the first once more.
                 row = i * piece if i * piece < own[which].shape[2] else 0
-                return own[which].at[b, h, pl.ds(row, piece)]
+                return own[which].at[b, h, _reaching(row, piece)]
 
             copy(step, rows)
 
@@ -296,7 +304,7 @@ def _write(part: Any, sums: Any, column: int, scratch: dict[str, Any]) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     out[...] = part
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out, sums.at[pl.ds(0, out.shape[0]), pl.ds(column, CHUNK)])
+    plgpu.copy_smem_to_gmem(out, sums.at[_reaching(0, out.shape[0]), pl.ds(column, CHUNK)])
 
 
 def _blackwell(steps: Any, visible: Any, scratch: dict[str, Any], sums: Any) -> tuple[Any, Any]:

@@ -43,6 +43,11 @@ def unsupported(
         return reason
     if x.ndim != 2 or values.ndim != (2 if layer is None else 3) or not x.shape[0]:
         return f"x {x.shape} and the matrix {values.shape} are not rows and one matrix or a stack."
+    return refused(x, values, scales, block)
+
+
+def refused(x: Any, values: Any, scales: Any, block: tuple[int, int]) -> str | None:
+    """Why matrices of these types and sizes cannot be multiplied, stacked or not."""
     if x.dtype != jnp.bfloat16:
         return f"rows are {x.dtype}; the kernel multiplies bfloat16."
     if values.dtype != jnp.float8_e4m3fn or scales.dtype != jnp.float32:
@@ -99,31 +104,44 @@ def _product(
     arch: gpu_target.Arch | None,
     interpret: Any,
 ) -> Float[Array, "R o"]:
-    """The sum of the kernel's parts, in float32."""
-    (R, size_in), size_out = x.shape, values.shape[-1]
+    """Every row times the one matrix meant, in float32."""
+    R, arch = len(x), gpu_target.chosen(arch, interpret)
     if layer is None:
         values, scales, layer = values[None], scales[None], jnp.zeros((), jnp.int32)
-    arch = gpu_target.chosen(arch, interpret)
     rows = min(gpu_target.multiple(R, 8 if arch == "sm_90a" else 16), MOST_ROWS)
-    padded = gpu_target.multiple(R, rows)
+    matrix = jnp.full(pl.cdiv(R, rows), layer, jnp.int32)
+    return product_of_tiles(x, row_scales, values, scales, matrix, rows, arch, interpret)[:R]
+
+
+def product_of_tiles(
+    x: Float[Array, "R i"],
+    row_scales: Float[Array, "R k"] | None,
+    values: Float8e4m3fn[Array, "L i o"],
+    scales: Float[Array, "L k n"],
+    matrix: Int[Array, "tiles"],
+    rows: int,
+    arch: gpu_target.Arch,
+    interpret: Any,
+) -> Float[Array, "padded o"]:
+    """Tiles of `rows` rows, each times a matrix of its own; where that is negative, anything."""
+    (R, size_in), size_out, padded = x.shape, values.shape[-1], len(matrix) * rows
     # What copies bring into shared memory in tiles of 8 rows must have a multiple of them.
-    x = jnp.pad(x, ((0, -R % 8), (0, 0)))
-    arrays = [jnp.reshape(layer, (1,)).astype(jnp.int32), x, values, scales]
+    arrays = [matrix, jnp.pad(x, ((0, -R % 8), (0, 0))), values, scales]
     if row_scales is not None:
         arrays.append(jnp.pad(row_scales, ((0, padded - R), (0, 0))).T)
-    blocks, tiles, row_tiles = pl.cdiv(size_in, TILE), pl.cdiv(size_out, TILE), padded // rows
-    share = share_of(blocks, tiles * row_tiles, 2 * gpu_target.CORES[arch])
+    blocks, tiles = pl.cdiv(size_in, TILE), pl.cdiv(size_out, TILE)
+    share = share_of(blocks, tiles * len(matrix), 2 * gpu_target.CORES[arch])
     stages = max(2, min(share, STAGES_BYTES // (TILE * (TILE + 2 * rows))))
     parts = plgpu.kernel(
-        functools.partial(_kernel, blocks=blocks, share=share, hopper=arch == "sm_90a"),
+        functools.partial(_kernel, blocks=blocks, share=share),
         out_type=jax.ShapeDtypeStruct((pl.cdiv(blocks, share), tiles * TILE, padded), jnp.float32),
         scratch_types=_scratch(rows, stages, size_out, arch == "sm_90a"),
-        # Tiles of rows last: those that read the same part of the matrix run together.
-        grid=(pl.cdiv(blocks, share), tiles, row_tiles),
+        # Tiles of rows last: those that read the same part of a matrix run together.
+        grid=(pl.cdiv(blocks, share), tiles, len(matrix)),
         grid_names=("share", "tile", "rows"),
         interpret=interpret or None,
     )(*arrays)
-    return jnp.sum(parts, axis=0).T[:R, :size_out]
+    return jnp.sum(parts, axis=0).T[:, :size_out]
 
 
 def share_of(blocks: int, tiles: int, wanted: int) -> int:
@@ -148,18 +166,28 @@ def _scratch(rows: int, stages: int, size_out: int, hopper: bool) -> dict[str, A
     return scratch
 
 
-def _kernel(layer, x, values, scales, *refs, blocks: int, share: int, hopper: bool, **scratch):
-    """One tile [128 outputs, rows] of one part: the sum over `share` blocks of inputs."""
-    (*row_scales, parts) = refs
+def _kernel(matrix, x, values, scales, *refs, blocks: int, share: int, **scratch: Any):
+    """One tile [128 outputs, rows] of one part, if its rows have a matrix."""
+    index = matrix[lax.axis_index("rows")]
+
+    @pl.when(index >= 0)
+    def _():
+        _part_of_tile(index, x, values, scales, refs, blocks, share, scratch)
+
+
+def _part_of_tile(
+    index: Any, x: Any, values: Any, scales: Any, refs: Any, blocks: int, share: int, scratch: Any
+) -> None:
+    """The sum over `share` blocks of inputs."""
+    *row_scales, parts = refs
     part, tile, row_tile = map(lax.axis_index, ("share", "tile", "rows"))
     x_tiles, tiles, arrived = scratch["x_tiles"], scratch["tiles"], scratch["arrived"]
-    stages, rows, _ = x_tiles.shape
+    (stages, rows, _), hopper = x_tiles.shape, "product" not in scratch
     multiply = _multiply_hopper if hopper else _multiply_blackwell
     layout = plgpu.Layout.WGMMA if hopper else plgpu.Layout.TCGEN05
     outputs, some_rows = pl.ds(tile * TILE, TILE), pl.ds(row_tile * rows, rows)
     first = part * share
     count = jnp.minimum(share, blocks - first)
-    index = layer[0]
 
     def fetch(i: Any) -> None:
         slot, inputs = lax.rem(i, stages), pl.ds((first + i) * TILE, TILE)

@@ -86,6 +86,7 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax.numpy as jnp
 
     from dspark_jax.pallas_kernels.block_attention import gpu as block_attention
+    from dspark_jax.pallas_kernels.fp8_experts import gpu as fp8_experts
     from dspark_jax.pallas_kernels.fp8_matmul import gpu as fp8_matmul
     from dspark_jax.pallas_kernels.markov import gpu as markov
     from dspark_jax.pallas_kernels.mla_attention import gpu as mla_attention
@@ -100,6 +101,12 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         function = partial(getattr(fp8_matmul, name), block=(128, 128), arch=arch)
         values = shape(3, size_in, size_out, dtype=jnp.float8_e4m3fn)
         return function, (shape(R, size_in), values, shape(*blocks, dtype=jnp.float32), integers())
+
+    def experts(R: int, E: int, size_in: int, size_out: int) -> Any:
+        function = partial(fp8_experts.fp8_experts, block=(128, 128), arch=arch)
+        values = shape(3, E, size_in, size_out, dtype=jnp.float8_e4m3fn)
+        scales = shape(3, E, size_in // 128, size_out // 128, dtype=jnp.float32)
+        return function, (shape(R, size_in), values, scales, integers(E), integers())
 
     def block(B: int, K: int, H: int, Hk: int, d: int, size: int, window: int | None = None):
         own, cache = shape(B, K, Hk, d), shape(B * 16384 // size, Hk, size, d)
@@ -131,6 +138,10 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "fp8_matmul 512 x 16384 x 6144": product("fp8_matmul", 512, 16384, 6144),
         "fp8_matmul_w8a8 8 x 2048 x 16384": product("fp8_matmul_w8a8", 8, 2048, 16384),
         "fp8_matmul_w8a8 512 x 6144 x 12288": product("fp8_matmul_w8a8", 512, 6144, 12288),
+        "fp8_experts 512 rows of 32, 6144 x 2048": experts(512, 32, 6144, 2048),
+        "fp8_experts 512 rows of 32, 2048 x 6144": experts(512, 32, 2048, 6144),
+        "fp8_experts 64 rows of 256, 6144 x 2048": experts(64, 256, 6144, 2048),
+        "fp8_experts 4096 rows of 2, 2048 x 6144": experts(4096, 2, 2048, 6144),
         "block_attention Qwen3-8B, pages": block(64, 7, 32, 8, 128, 16),
         "block_attention Qwen3-8B, window": block(64, 7, 32, 8, 128, 16, window=2048),
         "block_attention Qwen3-8B, one request": block(1, 7, 32, 8, 128, 16384),
