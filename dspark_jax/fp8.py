@@ -20,9 +20,6 @@ LARGEST = 448.0
 SMALLEST_MAXIMUM = 1e-10
 """A block of smaller numbers is scaled as if this were its largest, so no scale is zero."""
 
-FEW_ROWS = 1024
-"""Up to so many rows a product is bound by the bytes of its kernel."""
-
 Block = tuple[int, int]
 """Rows and columns that share a scale; the last blocks of a matrix may be cut short."""
 

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class _Chosen:
     """What the process was started with, and what came of it."""
 
     choice: Choice = "auto"
-    picked: dict[str, str] = {}
+    picked: dict[str, set[str]] = {}
 
 
 def use(choice: Choice) -> None:
@@ -64,8 +65,11 @@ def using(choice: Choice) -> Iterator[None]:
 
 
 def picked() -> Mapping[str, str]:
-    """What every op that was traced so far runs as, last pick first: "tpu kernel", or why not."""
-    return dict(_Chosen.picked)
+    """What every op traced so far runs as: "tpu kernel", or why not; all of it where shapes differ.
+
+    In alphabetical order, for programs may be traced side by side.
+    """
+    return {op: " or ".join(sorted(ways)) for op, ways in sorted(_Chosen.picked.items())}
 
 
 def told(picks: Mapping[str, str]) -> str:
@@ -236,7 +240,8 @@ def pick(op: str, *arrays: Any, **settings: Any) -> Picked:
 
 def default_device() -> Any:
     """The device that programs are traced for."""
-    return getattr(jax.config, "jax_default_device") or jax.devices()[0]  # noqa: B009
+    device = getattr(jax.config, "jax_default_device")  # noqa: B009
+    return jax.devices(device)[0] if device is None or isinstance(device, str) else device
 
 
 def backend_of(device: Any, choice: Choice) -> Backend:
@@ -267,7 +272,8 @@ def _kernel(
     if importlib.util.find_spec(name) is None:
         return None, f"none is written for a {backend.file}"
     module = importlib.import_module(name)
-    why_not = module.unsupported(*arrays, **settings)
+    told = {k: v for k, v in backend.told.items() if k in signature(module.unsupported).parameters}
+    why_not = module.unsupported(*arrays, **settings, **told)
     if why_not is not None:
         return None, why_not.rstrip(".")
 
@@ -279,6 +285,7 @@ def _kernel(
 
 def _say(op: str, how: str) -> None:
     """Once for every op and way."""
-    if _Chosen.picked.get(op) != how:
+    ways = _Chosen.picked.setdefault(op, set())
+    if how not in ways:
         _log.info("%s: %s", op, how)
-    _Chosen.picked[op] = how
+    ways.add(how)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from dspark_jax.serve.programs import Shape
 
 LEARNING = 0.05
-"""How much a round's time changes what its kind, and what every kind, is expected to take."""
+"""How much of a surprise a kind of round, and again what is common to all, takes over."""
 LEAST = 0.25
 """Of what was measured: no round is expected to take less."""
 
@@ -44,6 +44,7 @@ class Expected:
     def took(self, shape: Shape, seconds: float) -> None:
         """One round, with nothing but rounds beside it."""
         if shape in self._own:
-            off = LEARNING * (seconds - self.of(shape))
+            # Not of what `of` says, which never falls below a floor: the error would never end.
+            off = LEARNING * (seconds - self._own[shape] - self.beyond)
             self.beyond += off
             self._own[shape] += off

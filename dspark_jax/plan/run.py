@@ -48,8 +48,10 @@ def run(settings: PlanSettings) -> Plan:
 def make_plan(settings: PlanSettings) -> Plan:
     """Compile both steps and account them. Raises ValueError."""
     check(settings)
-    ops.use(settings.kernels)
     machine = parse_machine(settings.mesh)
+    # GPU kernels state no costs: what is counted of a program with them would mean nothing.
+    counted = machine.chip.platform == "tpu" or settings.kernels == "pallas"
+    ops.use(settings.kernels if counted else "reference")
     models = find_models(settings.target, settings.draft)
     tensor = tensor_size(settings.tensor_parallel, machine.devices, settings.batch, models)
     mesh = target_mesh(devices_of(machine), tensor)

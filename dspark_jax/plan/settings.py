@@ -25,7 +25,7 @@ class PlanSettings:
     draft: str | None = None
     """Folder of a draft checkpoint; None takes the recipe's for this target."""
     kernels: Literal["auto", "pallas", "reference"] = "auto"
-    """auto: kernels where there are some for the chip and the shapes; pallas: an error where there
+    """auto: kernels where there are some for the TPU and the shapes; pallas: an error where there
     are none; reference: what XLA makes of the plain formulas."""
     operations: int = 8
     """Dearest operations to list."""

@@ -64,7 +64,7 @@ def unsupported(
         return f"heads have {d} dimensions; the kernel takes multiples of 32 up to {MOST_HEAD}."
     if K * (H // shared) > (most := MOST_ROWS[arch == "sm_90a" or arch is None]):
         return f"{K} slots of {H // shared} heads that share a key are more than {most} rows."
-    if size % 8 or (P > 1 and size % TILE and TILE % size):
+    if size % 8 or (size % TILE and TILE % size and (P > 1 or size < TILE)):
         return f"pages have {size} rows, which neither divide {TILE} nor are a multiple of it."
     return None
 
@@ -170,7 +170,8 @@ def _kernel(
     Its first step is the block itself, in split 0; the others are tiles of the context.
     """
     split, b, h = map(lax.axis_index, ("split", "sequence", "head"))
-    end = length[b]
+    # What a length says beyond the table, as of a row that is nobody's, is not there.
+    end = jnp.minimum(length[b], pages.shape[1] * context_key.shape[2])
     begin = jnp.int32(0) if window is None else jnp.maximum(end - window, 0)
     first_tile = begin // TILE
     share = pl.cdiv(pl.cdiv(end, TILE) - first_tile, splits)

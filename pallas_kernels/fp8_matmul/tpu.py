@@ -236,7 +236,8 @@ def prepared(values: Any, left: Any, direct: bool) -> tuple[Any, float]:
 
     v5 and v6 take e4m3b11fnuz as it is. That is e4m3fn with another bias of the exponent, so 16
     times smaller, and without what fn calls -0, which becomes 0 here, four numbers to a word.
-    Converted to bfloat16 one by one, a tile would take longer than its copy.
+    Converted to bfloat16 one by one, a tile would take longer than its copy. A NaN, of which a
+    sound checkpoint has none, becomes a number.
     """
     if direct:
         return values, 1.0

@@ -71,7 +71,7 @@ def unsupported(
         return f"latents have {r} numbers; the kernel takes multiples of 64 up to {MOST_LATENT}."
     if p % 32 or p > MOST_ROPE:
         return f"{p} numbers are rotated; the kernel takes 32 or {MOST_ROPE}."
-    if size % 8 or (P > 1 and size % TILE and TILE % size):
+    if size % 8 or (size % TILE and TILE % size and (P > 1 or size < TILE)):
         return f"pages have {size} rows, which neither divide {TILE} nor are a multiple of it."
     return None
 

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STREAMS, TOKENS = 1000, 8
 GROWTH_BYTES = 48 << 20
-"""What a second thousand may leave behind beyond the first: allocators do not give all back."""
+"""What a third thousand may leave behind beyond the second: allocators do not give all back."""
 
 
 def resident_bytes(process_id: int) -> int:

@@ -26,6 +26,8 @@ MORE = {
         (300, 129), size=32, pages=10, window=150, causal=True, shared=1
     ),
 }
+BEYOND = Case((70, 128), size=64, pages=2)
+"""Then told that the second sequence has 900 rows, as a row that is nobody's may be."""
 QUICK = {"no context", "odd lengths", "more tiles than are held", "several share a context"}
 REFUSED = {"pages of several tiles"}
 """Pages of 80 rows, one tile of 64 and a bit: a server's pages are powers of two."""
@@ -113,3 +115,17 @@ def test_what_is_not_waited_for_is_noticed(
     case = Case((300,), size=64, pages=5, d=128, K=2, shared=1)
     _, fault = run(gpu.block_attention, *arrays(case), **settings(case), arch=arch)
     assert fault
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_length_beyond_the_table_reads_nothing_beyond_it(arch: str):
+    given = arrays(BEYOND)
+    length = given[-1].at[1].set(900)
+    found, fault = run(gpu.block_attention, *given[:-1], length, **settings(BEYOND), arch=arch)
+    assert not fault and agrees(BEYOND, found, given)
+
+
+@pytest.mark.parametrize("size", [24, 40, 48, 56])
+def test_one_page_that_fills_no_tile_is_refused(size: int):
+    given = arrays(Case((9,), size=size, pages=1))
+    assert "pages" in (gpu.unsupported(*given, **settings(BEYOND)) or "")

@@ -45,6 +45,13 @@ def test_nothing_is_expected_to_cost_next_to_nothing():
     assert expected.of(PLAIN) == pytest.approx(LEAST)
 
 
+def test_much_quicker_rounds_are_forgotten_as_soon_as_slow_ones():
+    expected = Expected(MEASURED)
+    heard(expected, ALL, 0.3, 20_000)  # a tenth of what was measured on a busy machine
+    heard(expected, ALL, 1.5, 60)
+    assert expected.of(ALL) == pytest.approx(1.5, rel=0.05)
+
+
 def test_what_was_not_measured_is_not_learnt():
     expected = Expected({})
     expected.took(PLAIN, 1.0)
