@@ -1,15 +1,15 @@
 """A server under load: plain decoding, fixed and adaptive verification, in one run.
 
-    python benchmarks/serve.py [--concurrency 1 2 4] [--requests 8] [--tokens 128]
+    python benchmarks/serve.py [--concurrency 1 2 4] [--requests 6] [--tokens 128]
         [--temperature 0] [--checkpoint DIR] [--json FILE]
 
 By default 1, 2, 4 … 32 at once.
 
 Three real servers, `python -m dspark_jax.serve` with the same models, are started side by side and
 take turns: only one is asked at a time. Each level of concurrency keeps so many requests open until
-each of its askers has had `--requests` answers of `--tokens` tokens, over HTTP, streamed. Prompts
-are signatures and docstrings of the standard library that the target never trained on, each used
-once by every server, and prefix caching is off.
+each of its askers has had `--requests` answers of `--tokens` tokens (fewer from nine askers on), over
+HTTP, streamed. Prompts are signatures and docstrings of the standard library that the target never
+trained on, each used once by every server, and prefix caching is off.
 
 tokens/s counts all answers' tokens over the wall clock; per user, over the time from an answer's
 first token to its last. TTFT is from sending a request to its first token, TPOT the mean time of
@@ -117,13 +117,18 @@ async def ask(client: httpx.AsyncClient, prompt: str, given: argparse.Namespace)
     return Answer(first, time.perf_counter() - begun, tokens)
 
 
+def each(concurrency: int, given: argparse.Namespace) -> int:
+    """Answers of one asker: fewer where there are more than eight, as prompts are used once."""
+    return min(given.requests, max(2, 8 * given.requests // concurrency))
+
+
 async def load(address: str, prompts: Sequence[str], concurrency: int, given: Any) -> list[Answer]:
     """Askers side by side, each with one request open at a time."""
     waiting = iter(prompts)
     answers: list[Answer] = []
 
     async def asker(client: httpx.AsyncClient) -> None:
-        for _ in range(given.requests):
+        for _ in range(each(concurrency, given)):
             answers.append(await ask(client, next(waiting), given))
 
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
@@ -206,7 +211,7 @@ def report(rows: list[dict[str, Any]], console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--checkpoint")
@@ -214,6 +219,9 @@ def main() -> None:
     given = parser.parse_args()
     texts = [t for t in library_prompts(0).held_out if len(t) <= LONGEST_CHARACTERS]
     rows, place = [], 0
+    needed = given.requests + sum(c * each(c, given) for c in given.concurrency)
+    if needed > len(texts):
+        raise SystemExit(f"{needed} prompts are needed and there are {len(texts)}; ask for fewer.")
     with (
         server("plain", given) as plain,
         server("fixed", given) as fixed,
@@ -223,11 +231,8 @@ def main() -> None:
         for address in addresses.values():  # connections, first touches
             measure(address, texts[-given.requests :], 1, given)
         for concurrency in given.concurrency:
-            count = concurrency * given.requests
-            prompts = texts[place : place + count]
-            place += count
-            if len(prompts) < count:
-                raise SystemExit(f"only {len(texts)} prompts; ask for fewer --requests")
+            count = concurrency * each(concurrency, given)
+            prompts, place = texts[place : place + count], place + count
             base = None
             for kind, address in addresses.items():
                 row = measure(address, prompts, concurrency, given)
