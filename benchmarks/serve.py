@@ -7,9 +7,9 @@ By default 1, 2, 4 … 32 at once.
 
 Three real servers, `python -m dspark_jax.serve` with the same models, are started side by side and
 take turns: only one is asked at a time. Each level of concurrency keeps so many requests open until
-each of its askers has had `--requests` answers of `--tokens` tokens (fewer from nine askers on), over
-HTTP, streamed. Prompts are signatures and docstrings of the standard library that the target never
-trained on, each used once by every server, and prefix caching is off.
+each of its askers has had `--requests` answers of `--tokens` tokens (fewer from nine askers on),
+over HTTP, streamed. Prompts are signatures and docstrings of the standard library that the target
+never trained on, each used once by every server, and prefix caching is off.
 
 tokens/s counts all answers' tokens over the wall clock; per user, over the time from an answer's
 first token to its last. TTFT is from sending a request to its first token, TPOT the mean time of

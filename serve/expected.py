@@ -1,5 +1,6 @@
 """What a round is expected to take: as measured with nobody asking, and as rounds turn out."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,28 +10,25 @@ from dspark_jax.serve.programs import Shape
 
 LEARNING = 0.05
 """How much of a surprise a kind of round, and again what is common to all, takes over."""
-LEAST = 0.25
-"""Of what was measured: no round is expected to take less."""
+MOST = 1.0
+"""Of a surprise that is listened to, as a logarithm: one round may have met anything."""
 
 
 class Expected:
     """Seconds of every kind of round.
 
-    What serving adds, on the host and by programs that share its cores, is added to rounds of every
-    kind: `beyond` is learnt from those that run and holds for those that do not, which would seem
-    cheap otherwise until they are tried. What remains is learnt kind by kind.
+    What slows all rounds, the host and programs that share its cores, is a common factor: learnt
+    from rounds that run, it holds for kinds that do not, which would seem cheap otherwise until
+    they are tried. What remains is learnt kind by kind.
     """
 
     def __init__(self, measured: Mapping[Shape, float]):
-        self.measured = dict(measured)
-        self.beyond = 0.0
-        self._own = dict(measured)
+        self._common = 0.0
+        self._own = {shape: math.log(seconds) for shape, seconds in measured.items()}
 
     def of(self, shape: Shape) -> float:
         """Of one round; 0 for a kind that was not measured."""
-        if shape not in self._own:
-            return 0.0
-        return max(self._own[shape] + self.beyond, LEAST * self.measured[shape])
+        return math.exp(self._own[shape] + self._common) if shape in self._own else 0.0
 
     def curve(self, program: Shape, budgets: Sequence[int]) -> Float[np.ndarray, "rows"]:
         """Of rounds of so many rows up to the last of `budgets`, which ascend: on straight lines.
@@ -43,8 +41,8 @@ class Expected:
 
     def took(self, shape: Shape, seconds: float) -> None:
         """One round, with nothing but rounds beside it."""
-        if shape in self._own:
-            # Not of what `of` says, which never falls below a floor: the error would never end.
-            off = LEARNING * (seconds - self._own[shape] - self.beyond)
-            self.beyond += off
-            self._own[shape] += off
+        if shape in self._own and seconds > 0:
+            surprise = math.log(seconds) - self._own[shape] - self._common
+            step = LEARNING * min(max(surprise, -MOST), MOST)
+            self._common += step
+            self._own[shape] += step

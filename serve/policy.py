@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-PROBE_EVERY = 64
+PROBE_EVERY = 256
 """Rounds without drafts after which one drafts again, to see whether it would pay by now."""
 MARGIN = 1.03
 """A change between drafting and not drafting must promise this much more tokens per second."""
