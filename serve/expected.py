@@ -8,8 +8,8 @@ from jaxtyping import Float
 
 from dspark_jax.serve.programs import Shape
 
-LEARNING = 0.05
-"""How much of a surprise a kind of round, and again what is common to all, takes over."""
+COMMON, OWN = 0.05, 0.01
+"""How much of a surprise what is common to all rounds takes over, and their kind beside it."""
 MOST = 1.0
 """Of a surprise that is listened to, as a logarithm: one round may have met anything."""
 
@@ -19,7 +19,7 @@ class Expected:
 
     What slows all rounds, the host and programs that share its cores, is a common factor: learnt
     from rounds that run, it holds for kinds that do not, which would seem cheap otherwise until
-    they are tried. What remains is learnt kind by kind.
+    they are tried. What remains is learnt kind by kind, and slower: it was measured to begin with.
     """
 
     def __init__(self, measured: Mapping[Shape, float]):
@@ -43,6 +43,6 @@ class Expected:
         """One round, with nothing but rounds beside it."""
         if shape in self._own and seconds > 0:
             surprise = math.log(seconds) - self._own[shape] - self._common
-            step = LEARNING * min(max(surprise, -MOST), MOST)
-            self._common += step
-            self._own[shape] += step
+            surprise = min(max(surprise, -MOST), MOST)
+            self._common += COMMON * surprise
+            self._own[shape] += OWN * surprise

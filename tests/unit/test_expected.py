@@ -21,7 +21,7 @@ def test_at_first_it_is_what_was_measured():
 def test_a_kind_that_runs_is_expected_to_take_what_it_takes():
     expected = Expected(MEASURED)
     heard(expected, PLAIN, 5.0, 200)
-    assert expected.of(PLAIN) == pytest.approx(5.0)
+    assert expected.of(PLAIN) == pytest.approx(5.0, rel=0.01)
 
 
 def test_what_slows_all_rounds_is_expected_of_kinds_that_never_ran():
@@ -33,7 +33,7 @@ def test_what_slows_all_rounds_is_expected_of_kinds_that_never_ran():
 
 def test_kinds_that_all_run_are_told_apart():
     expected = Expected(MEASURED)
-    for _ in range(400):
+    for _ in range(2000):
         expected.took(PLAIN, 1.5)
         expected.took(ALL, 9.0)
     assert expected.of(PLAIN) == pytest.approx(1.5, rel=0.05)
