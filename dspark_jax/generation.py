@@ -53,8 +53,12 @@ def generate(
     request: Request,
     limit: int,
     end: Int[Array, "E"],
+    most: int | None = None,
 ) -> tuple[DecodeState, Generation]:
-    """Decode until every sequence has met an end token or `max_tokens` (at most `limit`)."""
+    """Decode until every sequence has met an end token or `max_tokens` (at most `limit`).
+
+    With `most` no round verifies more drafts than that (see `decode_step`).
+    """
     batch, width = state.anchor.shape[0], draft.draft_length
     done = nothing(batch, limit, width)
 
@@ -64,7 +68,7 @@ def generate(
     def round_(carry: Any) -> Any:
         state, done = carry
         was_active = state.active
-        state, emitted = decode_step(target, draft, weights, state, request)
+        state, emitted = decode_step(target, draft, weights, state, request, most)
         before = done.length
         done = append(record(done, emitted, was_active), emitted, end, request.max_tokens)
         # Drafts cut off by the end of the answer were accepted for nothing: they do not count.

@@ -12,7 +12,16 @@ from jaxtyping import Array, Float, Int, Key
 
 from dspark_jax.acceptance import accept
 from dspark_jax.sampling import salted
-from dspark_jax.types import DecodeState, Draft, Frozen, Proposal, Rows, Target, Verdict
+from dspark_jax.types import (
+    DecodeState,
+    Draft,
+    Frozen,
+    Proposal,
+    Recipe,
+    Rows,
+    Target,
+    Verdict,
+)
 
 DRAFT_SALT, VERIFY_SALT = 11, 12
 
@@ -95,22 +104,32 @@ def prefill(
 
 
 def decode_step(
-    target: Target, draft: Draft, weights: Weights, state: DecodeState, request: Request
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: DecodeState,
+    request: Request,
+    most: int | None = None,
 ) -> tuple[DecodeState, Emitted]:
-    """One round: draft a block, verify it in one pass, keep what the target keeps, commit."""
-    round_keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+    """One round: draft a block, verify it in one pass, keep what the target keeps, commit.
+
+    With `most` the verify pass has room for no more drafts than that, whatever is requested: where
+    rows cost time, the last ones of a block may not be worth theirs.
+    """
+    drawing, judging = round_keys(state, request)
     with jax.named_scope("draft"):
-        proposal = draft.draft_block(
+        block = draft.draft_block(
             weights.draft,
             weights.frozen,
             state.draft_cache,
             state.length,
             state.anchor,
-            salted(round_keys, DRAFT_SALT),
+            drawing,
             request.temperature,
         )
+        proposal = block if most is None else first_drafts(block, most)
     with jax.named_scope("verify"):
-        verify_length = jnp.clip(request.verify_length, 0, draft.draft_length)
+        verify_length = jnp.clip(request.verify_length, 0, proposal.tokens.shape[1])
         rows = verify_rows(state, proposal, verify_length)
         target_cache, states = target.extend(weights.target, state.target_cache, rows)
         logits = target.logits(weights.target, states.final_hidden)
@@ -121,15 +140,37 @@ def decode_step(
             weights.frozen.target_id,
             verify_length,
             request.temperature,
-            salted(round_keys, VERIFY_SALT),
+            judging,
         )
     with jax.named_scope("commit"):
         position = kept_positions(state, rows.position, verdict)
         draft_cache = draft.extend_context(
             weights.draft, state.draft_cache, states.aux_hidden, position
         )
-        state = commit(state, verdict)._replace(draft_cache=draft_cache, target_cache=target_cache)
-    return state, emit(state, proposal, verdict)
+        kept = commit(state, verdict)._replace(draft_cache=draft_cache, target_cache=target_cache)
+    return kept, emit(state, proposal, verdict)._replace(confidence=block.confidence)
+
+
+def round_keys(state: DecodeState, request: Request) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+    """Fresh keys to draft and to verify with; any, where all is greedy and nothing is drawn."""
+
+    def fresh() -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+        return salted(keys, DRAFT_SALT), salted(keys, VERIFY_SALT)
+
+    drawn = jnp.any(request.temperature > 0)
+    return jax.lax.cond(drawn, fresh, lambda: (state.keys, state.keys))
+
+
+def first_drafts(proposal: Proposal, length: int) -> Proposal:
+    """The beginnings of blocks."""
+    made = proposal.logits
+    if isinstance(made, Recipe):
+        cut = {k: x[:, :length] for k, x in made._asdict().items() if k not in ("w2", "certain")}
+        logits = made._replace(**cut)
+    else:
+        logits = made[:, :length]
+    return Proposal(proposal.tokens[:, :length], logits, proposal.confidence[:, :length])
 
 
 def verify_rows(state: DecodeState, proposal: Proposal, verify_length: Int[Array, "B"]) -> Rows:

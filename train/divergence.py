@@ -39,20 +39,21 @@ def explain(
     position: int,
     width: int,
     one_token: Target | None = None,
+    other: int = 1,
 ) -> Parting:
     """Read the agreed tokens once more by both programs and compare what they computed.
 
     Both programs agree on the answer before `position`; one reads `width` rows a pass, the other
-    (of `one_token`, the same target when not given) a single one. The first row at which their
-    hidden states differ by more than rounding must hold a router or top-k choice that nearly tied;
-    if there is none, the next token's two best logits must.
+    (of `one_token`, the same target when not given) a single one, or `other` ones. The first row at
+    which their hidden states differ by more than rounding must hold a router or top-k choice that
+    nearly tied; if there is none, the next token's two best logits must.
     """
     agreed = np.concatenate([prompt, np.array(answer[:position], np.int32)]).astype(np.int32)
     tokens = np.zeros((1, -(-len(agreed) // 64) * 64), np.int32)
     tokens[0, : len(agreed)] = agreed
     start, length = jnp.int32(len(prompt) - 1), jnp.int32(len(agreed))
     wide = _replay(target, width, params, tokens, start, length)
-    narrow = _replay(one_token or target, 1, params, tokens, start, length)
+    narrow = _replay(one_token or target, other, params, tokens, start, length)
     size = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30)  # rows of the prompt are not read
     difference = fetch(jnp.max(jnp.abs(wide - narrow), axis=-1) / size)[: len(agreed)]
     jumps = np.flatnonzero(difference > ROUNDING)

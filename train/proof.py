@@ -1,5 +1,6 @@
 """What a draft is worth: validation on held-out conversations, then real decoding of prompts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def prove(
         settings.compute_dtype,
     )
     served, rounds = serve(programs, config, data, console)
-    for found in served["greedy"]["one_token_program_divergences"]:
+    for width, found in divergences(served["greedy"]):
         prompt = served["greedy"]["prompts"][found["prompt"]]
         parting = explain(
             target,
@@ -46,6 +47,7 @@ def prove(
             prompt["answer_token_ids"],
             found["position"],
             config.draft_length + 1,
+            other=width,
         )
         # In a narrow type two programs differ in every row: nothing tells a near tie from a fault.
         exact = settings.compute_dtype == "float32"
@@ -80,12 +82,21 @@ def weights(job: Job, params: Any) -> Weights:
 def holds(served: dict[str, Any]) -> bool:
     """Whether greedy answers are plain decoding's by the same program.
 
-    Where another program, which reads one token at a time, answers otherwise in float32, its choice
-    must have been a near tie.
+    Where another program, which reads one token at a time or shorter blocks, answers otherwise in
+    float32, its choice must have been a near tie.
     """
     greedy = served["greedy"]
-    near = [found["near_tie"] for found in greedy["one_token_program_divergences"]]
+    near = [found["near_tie"] for _, found in divergences(greedy)]
     return greedy["identical_to_plain"] and False not in near
+
+
+def divergences(greedy: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(rows of a pass, where it parted) of every answer that another program gave otherwise."""
+    for found in greedy["one_token_program_divergences"]:
+        yield 1, found
+    for length, table in greedy["by_verify_length"].items():
+        for found in table.get("whole_block_divergences", ()):
+            yield int(length) + 1, found
 
 
 def serve(
@@ -95,7 +106,7 @@ def serve(
     parts, rounds = {}, []
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         with Bar(console, f"serving, {name}", ()) as bar:
-            done = iter(range(1, len(data.prompts) + 1))
+            done = iter(range(len(data.prompts) + 1))
             parts[name], made = measure(
                 programs,
                 data.prompts,

@@ -60,9 +60,9 @@ def markdown(report: dict[str, Any]) -> str:
             **{f"{mode}, {k.replace('_', ' ')}": v for k, v in part["by_answer"].items()},
         }
         lines += [_served_row(name, table) for name, table in rows.items() if table["answers"]]
+    lines += ["", *_by_length(served)]
     greedy = served["greedy"]
     lines += [
-        "",
         f"Greedy answers identical to plain decoding by the same program: "
         f"**{'yes' if greedy['identical_to_plain'] else 'NO'}**. "
         f"Against the separately compiled one-token program "
@@ -86,6 +86,30 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines + _examples(greedy))
+
+
+def _by_length(served: dict[str, Any]) -> list[str]:
+    """What it brings to verify less of every block than all of it, the table above."""
+    lines = [
+        "Where a verified row costs time, the end of a block may not be worth it:",
+        "",
+        "| decoding | drafts verified | acceptance length | tokens/s | speed-up |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, part in served.items():
+        for length, table in part["by_verify_length"].items():
+            lines.append(
+                f"| {mode} | {length} | {table['acceptance_length']:.2f} "
+                f"| {table['tokens_per_second']:.0f} | {table['speedup']:.2f} |"
+            )
+    parted = [
+        f"prompt {d['prompt']} at token {d['position']} with {length} drafts, by a {d['kind']} "
+        f"margin of {d['margin']:.1e} ({TIES[d['near_tie']]})"
+        for length, table in served["greedy"]["by_verify_length"].items()
+        for d in table.get("whole_block_divergences", ())
+    ]
+    said = "; ".join(parted) or "none"
+    return [*lines, "", f"Greedy answers that differ from those of whole blocks: {said}.", ""]
 
 
 def _examples(greedy: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ Reading the prompt and decoding are timed apart: tokens per second are those of 
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,10 +38,14 @@ class Answer(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Compiled once each; both take a prompt and a temperature, the first a verify length too."""
+    """Compiled once each; all take a prompt and a temperature, the first a verify length too.
+
+    `shorter` verify no more of a block than the number of drafts they are named by.
+    """
 
     speculative: Callable[[np.ndarray, float, int], Answer]
     plain: Callable[[np.ndarray, float], Answer]
+    shorter: Mapping[int, Callable[[np.ndarray, float], Answer]]
 
 
 def make_programs(
@@ -66,8 +70,10 @@ def make_programs(
         state = init_state(target, draft, keys, capacity, dtype)
         return prefill(target, draft, weights, state, *prompt_rows(*prompt, capacity))
 
-    def speculative(weights: Weights, state: DecodeState, request: Request) -> Any:
-        return generate(target, draft, weights, state, request, max_tokens, stop)
+    def speculative(
+        weights: Weights, state: DecodeState, request: Request, most: int | None = None
+    ) -> Any:
+        return generate(target, draft, weights, state, request, max_tokens, stop, most)
 
     def plain_start(prepared: Any, prompt: Any, keys: Any) -> DecodeState:
         state = plain_state(target, keys, capacity, dtype)
@@ -94,12 +100,24 @@ def make_programs(
         said = (made.confidence[0, :rounds], made.accepted[0, :rounds])
         return Answer(tokens, read - begin, end - read, rounds, survived, *said)
 
-    drafted = (jax.jit(start), jax.jit(speculative, donate_argnums=1))
-    alone = (jax.jit(plain_start), jax.jit(plain, donate_argnums=1))
+    begin, alone = jax.jit(start), (jax.jit(plain_start), jax.jit(plain, donate_argnums=1))
+
+    def drafted(most: int | None) -> Any:
+        return begin, jax.jit(partial(speculative, most=most), donate_argnums=1)
+
     return Programs(
-        speculative=partial(timed, drafted, weights),
+        speculative=partial(timed, drafted(None), weights),
         plain=partial(timed, alone, weights.target, length=0),
+        shorter={
+            most: partial(timed, drafted(most), weights, length=most)
+            for most in shorter_lengths(draft.draft_length)
+        },
     )
+
+
+def shorter_lengths(draft_length: int) -> tuple[int, ...]:
+    """A quarter and half of a block: where a row costs time, its end may not be worth it."""
+    return tuple(n for n in (draft_length // 4, draft_length // 2) if n)
 
 
 def degenerates(tokens: Sequence[int]) -> bool:
@@ -118,17 +136,20 @@ def measure(
     draft_length: int,
     progress: Callable[[], None],
 ) -> tuple[dict[str, Any], Rounds]:
-    """One part of the report: every prompt answered twice, in turn, after one warm-up each.
+    """One part of the report: every prompt answered by all programs in turn, after a warm-up.
 
-    And what its drafts said and came to.
+    And what the drafts of whole blocks said and came to, which most of the part tells of too.
     """
-    programs.speculative(prompts[0], temperature, draft_length)
-    programs.plain(prompts[0], temperature)
     answers, plain = [], []
-    for prompt in prompts:
+    shorter: dict[int, list[Answer]] = {most: [] for most in programs.shorter}
+    for prompt in (prompts[0], *prompts):  # the first one twice: it compiles
         answers.append(programs.speculative(prompt, temperature, draft_length))
         plain.append(programs.plain(prompt, temperature))
+        for most, run in programs.shorter.items():
+            shorter[most].append(run(prompt, temperature))
         progress()
+    for made in (answers, plain, *shorter.values()):
+        del made[0]
     looping = [degenerates(a.tokens) for a in answers]
     parts = {
         "all": [True] * len(answers),
@@ -139,8 +160,14 @@ def measure(
     result = tables["all"] | {
         "by_answer": {name: tables[name] for name in ("not_looping", "looping")}
     }
+    each = {**shorter, draft_length: answers}
+    lengths = {most: speeds(made, plain, draft_length) for most, made in each.items()}
+    result["by_verify_length"] = {str(most): table for most, table in lengths.items()}
     if temperature == 0:
         result |= identity(programs, prompts, answers, plain)
+        for most, made in shorter.items():
+            found = differing(answers, made)
+            result["by_verify_length"][str(most)]["whole_block_divergences"] = found
     result["prompts"] = [
         {
             "prompt_token_ids": prompt.tolist(),
@@ -189,6 +216,12 @@ def summarise(
     }
 
 
+def speeds(answers: Sequence[Answer], plain: Sequence[Answer], draft_length: int) -> dict[str, Any]:
+    """What verifying so much of every block came to."""
+    table = summarise(answers, plain, [True] * len(answers), draft_length)
+    return {k: table[k] for k in ("acceptance_length", "tokens_per_second", "speedup")}
+
+
 def identity(
     programs: Programs,
     prompts: Sequence[np.ndarray],
@@ -200,12 +233,17 @@ def identity(
         programs.speculative(prompt, 0.0, 0).tokens == answer.tokens
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    differing = [
-        {"prompt": i, "position": first_difference(a.tokens, p.tokens)}
-        for i, (a, p) in enumerate(zip(answers, plain, strict=True))
-        if a.tokens != p.tokens
+    found = differing(answers, plain)
+    return {"identical_to_plain": all(same), "one_token_program_divergences": found}
+
+
+def differing(answers: Sequence[Answer], others: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Which answers of another program differ, and where first."""
+    return [
+        {"prompt": i, "position": first_difference(a.tokens, b.tokens)}
+        for i, (a, b) in enumerate(zip(answers, others, strict=True))
+        if a.tokens != b.tokens
     ]
-    return {"identical_to_plain": all(same), "one_token_program_divergences": differing}
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:

@@ -48,6 +48,7 @@ def closing(
             f"{name}: acceptance length {part['acceptance_length']:.2f}, "
             f"{part['tokens_per_second']:.0f} tokens/s against "
             f"{part['plain_tokens_per_second']:.0f} plain ({part['speedup']:.2f}x)"
+            + fastest(part["by_verify_length"])
         )
     elsewhere = report["served"]["greedy"].get("transformers")
     if elsewhere is not None:
@@ -68,6 +69,14 @@ def closing(
             + ["--output", f"{settings.output}-longer"]
         )
     )
+
+
+def fastest(lengths: Mapping[str, Mapping[str, float]]) -> str:
+    """What verifying less of a block brings, if it brings anything."""
+    best, whole = max(lengths, key=lambda n: lengths[n]["speedup"]), max(map(int, lengths))
+    if int(best) == whole:
+        return ""
+    return f"; {lengths[best]['speedup']:.2f}x where {best} of {whole} drafts are verified"
 
 
 def machine() -> str:

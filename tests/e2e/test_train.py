@@ -49,12 +49,19 @@ def test_the_report_has_the_promised_keys_and_a_true_acceptance_length(finished:
             part["tokens_per_second"] / part["plain_tokens_per_second"]
         )
         assert all(p["prompt_token_ids"] and p["answer_token_ids"] for p in part["prompts"])
+        lengths = part["by_verify_length"]
+        assert list(lengths) == ["2", "4", "8"]
+        assert lengths["8"]["acceptance_length"] == part["acceptance_length"]
+        assert all(1 <= lengths[n]["acceptance_length"] <= 1 + int(n) for n in lengths)
 
 
 def test_greedy_answers_are_those_of_plain_decoding(finished: Path) -> None:
     greedy = json.loads((finished / "report.json").read_text())["served"]["greedy"]
     assert greedy["identical_to_plain"] is True
     assert all(d["near_tie"] for d in greedy["one_token_program_divergences"])
+    for length in ("2", "4"):
+        parted = greedy["by_verify_length"][length]["whole_block_divergences"]
+        assert all(d["near_tie"] for d in parted)
 
 
 def test_a_run_says_how_well_its_draft_is_calibrated(finished: Path) -> None:

@@ -144,10 +144,13 @@ def drafter_of(config: DraftConfig, logits: Array) -> tuple[Drafter, Array]:
     return drafter, jnp.zeros((HIDDEN, logits.shape[1]))
 
 
-def player(target: Target, draft: Draft) -> Callable[..., tuple[Array, Array]]:
+def player(
+    target: Target, draft: Draft, most: int | None = None
+) -> Callable[..., tuple[Array, Array]]:
     """A compiled function that emits FIRST tokens or more: (tokens, count), both [B, rounds, …].
 
-    `lengths[a]` is the verify length of a round whose anchor is a, known before it drafts.
+    `lengths[a]` is the verify length of a round whose anchor is a, known before it drafts; no
+    round verifies more than `most`.
     """
 
     def play(weights: Weights, keys: Array, lengths: Array, temperature: Array) -> Any:
@@ -160,7 +163,7 @@ def player(target: Target, draft: Draft) -> Callable[..., tuple[Array, Array]]:
 
         def round_(state: Any, _: None) -> Any:
             request = Request(lengths[state.anchor], temperature, jnp.full(batch, CAPACITY))
-            return decode_step(target, draft, weights, state, request)
+            return decode_step(target, draft, weights, state, request, most)
 
         _, emitted = jax.lax.scan(round_, state, length=FIRST)
         return jnp.moveaxis(emitted.tokens, 0, 1), emitted.length.T
@@ -242,6 +245,20 @@ def test_a_perfect_draft_is_always_accepted_whole(head: str):
     for length, n in (("0", 0), ("1", 1), ("2", 2), ("all", config.draft_length)):
         _, count = emit(config, "perfect", length)
         assert jnp.all(count == n + 1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_verify_pass_with_room_for_fewer_drafts_changes_only_how_many_are_kept(head: str):
+    config = draft_config(head, False, False)
+    play = player(table_target(), dspark_draft(config), most=1)
+    expected = exact(cached_weights(config, "random").target)
+    assert p_value(first_tokens(*emit(config, "random", "all", play=play)), expected) > FALSE_ALARM
+    _, count = emit(config, "perfect", "all", play=play)
+    assert jnp.all(count == 2)
+    for length in ("all", "1"):
+        shorter = first_tokens(*emit(config, "random", length, 0.0, play))
+        whole = first_tokens(*emit(config, "random", length, 0.0))
+        assert np.array_equal(shorter, whole)
 
 
 def test_another_temperature_is_kept_too():
