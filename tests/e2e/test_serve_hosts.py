@@ -1,14 +1,20 @@
 """Two processes of the real command on loopback: one server, and one process's answers."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from dspark_jax import calibration_file
+from dspark_jax.checkpoints.folder import embedded
 
 FLAGS = ("--max-num-seqs", "1", "--max-model-len", "128", "--port", "0")
 FLAGS += ("--tensor-parallel-size", "2", "--per-request-spec-decode-metrics", "detailed")
@@ -19,8 +25,9 @@ ASKED = tuple(f'def {name}(self):\n    """Return it."""' for name in ("size", "n
 
 def start(devices: int, *flags: str) -> subprocess.Popen[str]:
     """The real command, with fake devices of its own."""
+    chosen = () if "--calibrate" in flags else ("--speculative-config", FIXED)
     return subprocess.Popen(
-        [sys.executable, "-m", "dspark_jax.serve", *FLAGS, "--speculative-config", FIXED, *flags],
+        [sys.executable, "-m", "dspark_jax.serve", *FLAGS, *chosen, *flags],
         env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -28,12 +35,12 @@ def start(devices: int, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def start_two() -> list[subprocess.Popen[str]]:
+def start_two(*more: str) -> list[subprocess.Popen[str]]:
     """Both processes, one device each."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id")
-    return [start(1, *flags, str(number)) for number in (0, 1)]
+    return [start(1, *more, *flags, str(number)) for number in (0, 1)]
 
 
 def address(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
@@ -58,10 +65,10 @@ def ask(url: str, **more: Any) -> list[Any]:
     return [(reply.json()["choices"][0]["text"], reply.json()["metrics"]) for reply in replies]
 
 
-def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def end(processes: list[subprocess.Popen[str]], seconds: int = 60) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each."""
     try:
-        said = [process.communicate(timeout=60) for process in processes]
+        said = [process.communicate(timeout=seconds) for process in processes]
         return [(p.returncode, *s) for p, s in zip(processes, said, strict=True)]
     finally:
         for process in processes:
@@ -87,6 +94,21 @@ def test_two_processes_answer_as_one_and_end_with_the_first() -> None:
     first, second = end(both)
     assert first[0] == second[0] == 0, (first, second)
     assert [line for line in second[1].splitlines() if not line.startswith("[Gloo]")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_calibrate_a_draft_together(tmp_path: Path) -> None:
+    draft, data = tmp_path / "draft", tmp_path / "prompts.jsonl"
+    shutil.copytree(embedded("tiny-glm-dspark"), draft)
+    (draft / calibration_file.NAME).unlink()
+    turns = ({"messages": [{"role": "user", "content": text}]} for text in ASKED)
+    data.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    flags = ("--checkpoint", str(draft), "--calibrate", "--data", str(data), "--max-tokens", "24")
+    first, second = end(start_two(*flags), seconds=900)
+    assert first[0] == second[0] == 0, (first, second)
+    assert f"wrote {draft / calibration_file.NAME}" in first[1].replace("\n", "")
+    assert calibration_file.read(draft, 8) is not None
 
 
 @pytest.mark.slow
