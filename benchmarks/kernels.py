@@ -8,26 +8,28 @@ the same work too. The floor reads every byte once at the bandwidth that a large
 or multiplies at the rate of a large product, whichever takes longer; both are measured first.
 
 Without an accelerator nothing is run: bytes, operations and the floors on the chips of --chip are
-predictions, marked so. Where the TPU compiler is installed (`pip install -e '.[tpu]'`), each kernel
-is compiled for those TPUs and its vector memory and temporaries are reported; registers, spills and
-shared memory of the GPU kernels are reported by `python tests/aot/gpu_kernels.py`.
+predictions, marked so. Beside a floor stands what the chip's compiler says of the kernel, where it
+is installed (`pip install -e '.[tpu]'`, `'.[cuda]'`): vector memory and temporaries of a TPU;
+registers of a thread, spills in the main loop and shared memory of a GPU.
 """
 
 import argparse
 import json
 import os
 import platform
-import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dspark_jax.plan.chips import CHIPS, parse_machine
-from dspark_jax.plan.topology import devices_of, set_environment
+from dspark_jax.plan.chips import CHIPS, Chip
+from dspark_jax.plan.topology import set_environment
 
 ACCELERATOR = os.environ.get("JAX_PLATFORMS", "") != "cpu" and (
     Path("/dev/nvidia0").exists() or Path("/dev/accel0").exists() or Path("/dev/vfio").exists()
@@ -35,141 +37,45 @@ ACCELERATOR = os.environ.get("JAX_PLATFORMS", "") != "cpu" and (
 if not ACCELERATOR:
     set_environment()
 
-import jax  # noqa: E402  after the environment that a compiler without hardware needs
+import jax  # noqa: E402  after the environment that keeps it from looking for one
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+from kernel_cases import Case, chosen  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from dspark_jax import ops  # noqa: E402
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-VECTOR_MEMORY = re.compile(
-    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
-)
+COMPILED = Path(__file__).with_name("kernel_compiled.py")
 COPIED_BYTES, MULTIPLIED = 1 << 30, 8192
 TOGETHER = 8
-BLOCK = (128, 128)
-
-
-class Case(NamedTuple):
-    """An op at one shape: what it is given, and what it has to move and compute."""
-
-    op: str
-    make: Callable[[Any], tuple[Any, ...]]
-    """Its arrays, drawn by a NumPy generator; real lengths and sizes among them."""
-    settings: dict[str, Any]
-    bytes: float
-    flops: float
-    eight_bit: bool = False
-
-
-def normal(rng: Any, *shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Numbers of the size that a normed model has; a large array repeats a small one."""
-    few = rng.standard_normal(min(int(np.prod(shape)), 1 << 20)).astype(np.float32)
-    return jnp.resize(jnp.asarray(few, dtype), shape)
-
-
-def block_attention(B: int, K: int, H: int, Hk: int, d: int, C: int, page: int) -> Case:
-    """A block of every sequence over C context rows in pages."""
-    wide, pages = -(-d // 128) * 128, C // page
-
-    def make(rng: Any) -> tuple[Any, ...]:
-        own = (normal(rng, B, K, Hk, d) for _ in range(2))
-        context = (normal(rng, B * pages, Hk, page, wide) for _ in range(2))
-        table = rng.permutation(B * pages).reshape(B, pages).astype(np.int32)
-        query = normal(rng, B, K, H, d)
-        return query, *own, *context, jnp.asarray(table), jnp.full(B, C, jnp.int32)
-
-    read = 2 * B * Hk * C * wide * 2 + 2 * B * K * (2 * H + 2 * Hk) * d
-    settings = {"window": None, "causal": False}
-    return Case("block_attention", make, settings, read, 4 * B * H * K * (C + K) * d)
-
-
-def mla_attention(B: int, S: int, H: int, C: int, page: int) -> Case:
-    """The rows of a verify step over C latents of 512 numbers and 64 rotated ones."""
-    pages = C // page
-
-    def make(rng: Any) -> tuple[Any, ...]:
-        asked = normal(rng, B, S, H, 512), normal(rng, B, S, H, 64)
-        held = normal(rng, B * pages, page, 512), normal(rng, B * pages, page, 128)
-        table = rng.permutation(B * pages).reshape(B, pages).astype(np.int32)
-        position = np.tile(C - S + np.arange(S), (B, 1)).astype(np.int32)
-        seen = np.arange(C) <= position[:, :, None]
-        return *asked, *held, jnp.asarray(table), jnp.asarray(position), jnp.asarray(seen)
-
-    read = B * C * (512 + 128) * 2 + B * S * H * (576 * 2 + 512 * 4) + B * S * C
-    return Case("mla_attention", make, {"scale": 1 / 16}, read, 2 * B * S * H * C * (576 + 512))
-
-
-def fp8_matmul(R: int, size_in: int, size_out: int, function: str = "fp8_matmul") -> Case:
-    """R rows by one matrix of a stack of two."""
-
-    def make(rng: Any) -> tuple[Any, ...]:
-        values = normal(rng, 2, size_in, size_out).astype(jnp.float8_e4m3fn)
-        scales = jnp.ones((2, -(-size_in // 128), -(-size_out // 128)), jnp.float32)
-        return normal(rng, R, size_in), values, scales, jnp.int32(1)
-
-    read = size_in * size_out + 2 * R * (size_in + size_out)
-    flops = 2 * R * size_in * size_out
-    op = "fp8_matmul" if function == "fp8_matmul" else f"fp8_matmul.{function}"
-    return Case(op, make, {"block": BLOCK}, read, flops, eight_bit=function != "fp8_matmul")
-
-
-def fp8_experts(R: int, E: int, size_in: int, size_out: int) -> Case:
-    """R rows spread evenly over E experts."""
-
-    def make(rng: Any) -> tuple[Any, ...]:
-        values = normal(rng, E, size_in, size_out).astype(jnp.float8_e4m3fn)
-        scales = jnp.ones((E, size_in // 128, size_out // 128), jnp.float32)
-        sizes = jnp.full(E, R // E, jnp.int32)
-        return normal(rng, R, size_in), values, scales, sizes, None
-
-    read = min(R, E) * size_in * size_out + R * (2 * size_in + 4 * size_out)
-    return Case("fp8_experts", make, {"block": BLOCK}, read, 2 * R * size_in * size_out)
-
-
-def markov_step(B: int, r: int, V: int) -> Case:
-    """One slot of a block: G of them are a chain."""
-
-    def make(rng: Any) -> tuple[Any, ...]:
-        words = jnp.asarray(rng.integers(0, 1 << 32, (B, 2), dtype=np.uint32))
-        arrays = normal(rng, 2, B, V, dtype=jnp.float32), normal(rng, B, r), normal(rng, r, V)
-        return *arrays, words, jnp.ones(B), jnp.int32(1), jnp.int32(V)
-
-    return Case("markov.markov_step", make, {}, 2 * r * V + 4 * B * V, 2 * B * r * V)
-
-
-CASES = {
-    "block attention, Qwen3-8B, 4k": block_attention(64, 7, 32, 8, 128, 4096, 16),
-    "block attention, Qwen3-8B, 16k": block_attention(16, 7, 32, 8, 128, 16384, 16),
-    "block attention, GLM-5.2 of 8": block_attention(32, 8, 8, 4, 96, 16384, 16),
-    "MLA verify, GLM-5.2 of 8, 4k": mla_attention(32, 8, 8, 4096, 16),
-    "MLA verify, GLM-5.2 of 8, 16k": mla_attention(8, 8, 8, 16384, 16),
-    "MLA verify, GLM-5.2, 16k": mla_attention(8, 8, 64, 16384, 16),
-    "FP8 W8A16, 1 row": fp8_matmul(1, 6144, 12288),
-    "FP8 W8A16, 64 rows": fp8_matmul(64, 6144, 12288),
-    "FP8 W8A16, 512 rows": fp8_matmul(512, 6144, 12288),
-    "FP8 W8A8, 64 rows": fp8_matmul(64, 6144, 12288, "fp8_matmul_w8a8"),
-    "FP8 W8A8, 512 rows": fp8_matmul(512, 6144, 12288, "fp8_matmul_w8a8"),
-    "FP8 experts, 32 of 256": fp8_experts(1024, 32, 6144, 2048),
-    "FP8 experts, 32 of 256, down": fp8_experts(1024, 32, 2048, 6144),
-    "Markov step, GLM-5.2, B=1": markov_step(1, 256, 154880),
-    "Markov step, GLM-5.2, B=64": markov_step(64, 256, 154880),
-}
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:
     """The median over passes of `TOGETHER` calls, dispatched at once so that the host is not waited
-    for between them; two passes warm up."""
+    for between them; two passes warm up. A device runs them in order."""
     taken = []
     for number in range(repeats + 2):
-        begin = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(TOGETHER)])
+        begin, last = time.perf_counter(), None
+        for _ in range(TOGETHER):
+            last = run()
+        jax.block_until_ready(last)
         if number >= 2:
             taken.append((time.perf_counter() - begin) / TOGETHER)
     return statistics.median(taken)
+
+
+def repeated(step: Callable[..., Any], arrays: tuple[Any, ...], case: Case) -> Callable[[], Any]:
+    """Calls of which each changes what the one before it gave back."""
+    given = [jax.tree.map(jnp.copy, x) if i in case.changed else x for i, x in enumerate(arrays)]
+
+    def run() -> Any:
+        made = step(*given)
+        for place, changed in zip(case.changed, made, strict=False) if case.changed else ():
+            given[place] = changed
+        return made
+
+    return run
 
 
 def measured_peaks(repeats: int) -> tuple[float, float]:
@@ -192,9 +98,10 @@ def run_case(case: Case, peaks: tuple[float, float], repeats: int) -> dict[str, 
         if choice == "auto" and not picked.is_kernel:
             row["note"] = ops.picked()[case.op]
             continue
-        step = jax.jit(partial(picked.function, **case.settings))
-        results[choice] = jax.block_until_ready(step(*arrays))
-        row[choice] = seconds_of(partial(step, *arrays), repeats)
+        step = jax.jit(partial(picked.function, **case.settings), donate_argnums=case.changed)
+        run = repeated(step, arrays, case)
+        results[choice] = jax.tree.map(jnp.copy, jax.block_until_ready(run()))
+        row[choice] = seconds_of(run, repeats)
     if len(results) == 2:
         row["error"] = largest_error(results["auto"], results["reference"])
     return row | {"floor": floor, "torch": torch_seconds(case, arrays, repeats)}
@@ -219,29 +126,6 @@ def torch_seconds(case: Case, arrays: tuple[Any, ...], repeats: int) -> float | 
     return None if run is None else seconds_of(run, repeats)
 
 
-def compiled_row(case: Case, topology: str) -> dict[str, Any]:
-    """What the compiler of a TPU that is not there says of the kernel."""
-    device = devices_of(parse_machine(topology))[0]
-    arrays = jax.eval_shape(lambda: case.make(np.random.default_rng(0)))
-    place = SingleDeviceSharding(device)
-    arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays)
-    with jax.default_device(device):
-        picked = ops.pick(case.op, *arrays, **case.settings)
-        if not picked.is_kernel:
-            return {"note": ops.picked()[case.op]}
-        begin = time.perf_counter()
-        step = partial(picked.function, **case.settings)
-        compiled = jax.jit(step).trace(*arrays).lower().compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None, "the TPU compiler always says what a program holds"
-    vector = map(int, VECTOR_MEMORY.findall(compiled.as_text() or ""))
-    return {
-        "vector_memory_bytes": max(vector, default=0),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "compile_seconds": round(time.perf_counter() - begin, 1),
-    }
-
-
 def measured(given: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Every case on the device that is here."""
     peaks = measured_peaks(given.repeats)
@@ -251,7 +135,7 @@ def measured(given: argparse.Namespace, console: Console) -> list[dict[str, Any]
     )
     table = Table(*("kernel", "us", "of its floor", "XLA us", "PyTorch us", "error", "note"))
     rows = []
-    for name, case in chosen(given):
+    for name, case in chosen(given.only).items():
         row: dict[str, Any] = {"case": name, "op": case.op}
         try:
             row |= run_case(case, peaks, given.repeats)
@@ -273,43 +157,52 @@ def measured(given: argparse.Namespace, console: Console) -> list[dict[str, Any]
 
 
 def predicted(given: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Floors on chips that are not here, and what compilers say."""
-    compiles = find_spec("libtpu") is not None
-    console.print(
-        "No accelerator is here: floors are PREDICTED from data sheets, nothing was run"
-        + ("; TPU kernels are compiled." if compiles else ", nor compiled (no TPU compiler).")
-    )
-    table = Table("kernel", "MB", "GFLOP", *(f"{chip} floor us" for chip in given.chip))
-    for chip in given.chip if compiles else ():
-        if chip in TOPOLOGIES:
-            table.add_column(f"{chip} VMEM / temporaries MB")
+    """Floors on chips that are not here, and what their compilers say."""
+    console.print("No accelerator is here: floors are PREDICTED from data sheets, nothing was run.")
+    said = {chip: compiled_for(chip, given.only, console) for chip in given.chip}
+    table = Table("kernel", "MB", "GFLOP", *(f"{chip}, predicted us" for chip in given.chip))
     rows = []
-    for name, case in chosen(given):
+    for name, case in chosen(given.only).items():
+        floors = {chip: floor_on(CHIPS[chip], case) for chip in given.chip}
+        compiled = {chip: rows_of[name] for chip, rows_of in said.items() if name in rows_of}
         row: dict[str, Any] = {"case": name, "op": case.op, "predicted": True}
-        row |= {"bytes": case.bytes, "flops": case.flops, "floor": {}, "compiled": {}}
-        said = []
-        for chip in given.chip:
-            peak = CHIPS[chip].fp8_flops if case.eight_bit else CHIPS[chip].bf16_flops
-            floor = max(case.bytes / CHIPS[chip].bytes_per_second, case.flops / peak)
-            row["floor"][chip] = floor
-            if compiles and chip in TOPOLOGIES:
-                found = row["compiled"][chip] = compiled_row(case, TOPOLOGIES[chip])
-                held = (found.get("vector_memory_bytes"), found.get("temporary_bytes"))
-                both = " / ".join("-" if x is None else f"{x / 1e6:.1f}" for x in held)
-                said.append(found.get("note") or both)
+        row |= {"bytes": case.bytes, "flops": case.flops, "floor": floors, "compiled": compiled}
         rows.append(row)
-        floors = (f"{1e6 * row['floor'][chip]:.1f}" for chip in given.chip)
-        table.add_row(name, f"{case.bytes / 1e6:.1f}", f"{case.flops / 1e9:.1f}", *floors, *said)
+        cells = (f"{1e6 * floors[c]:.1f}; {told(compiled.get(c, {}))}" for c in given.chip)
+        table.add_row(name, f"{case.bytes / 1e6:.1f}", f"{case.flops / 1e9:.1f}", *cells)
     console.print(table)
     return rows
 
 
-def chosen(given: argparse.Namespace) -> list[tuple[str, Case]]:
-    """The cases asked for."""
-    found = [(n, case) for n, case in CASES.items() if given.only.lower() in n.lower()]
-    if not found:
-        raise SystemExit(f"no kernel is called {given.only!r}; there are {', '.join(CASES)}.")
-    return found
+def floor_on(chip: Chip, case: Case) -> float:
+    """Seconds that bytes or operations take at a chip's peaks, whichever is more."""
+    peak = chip.fp8_flops if case.eight_bit else chip.bf16_flops
+    return max(case.bytes / chip.bytes_per_second, case.flops / peak)
+
+
+def compiled_for(chip: str, only: str, console: Console) -> dict[str, Any]:
+    """What a chip's compiler says of every kernel, in a process of its own; nothing without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, str(COMPILED), chip, "--json", str(path), "--only", only]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            console.print(f"{chip}: not compiled, {why.removeprefix('error: ')}")
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def told(found: dict[str, Any]) -> str:
+    """A compiler's words, short."""
+    if "registers" in found:
+        spilled = found["spilled_in_loop"]
+        spilled = found["spilled"] if spilled is None else spilled
+        shared = found["shared"] / 1e3
+        return f"{found['registers']} registers, {spilled} spilled, {shared:.0f} kB"
+    if "vector_memory" in found:
+        held, beside = found["vector_memory"] / 1e6, found["temporaries"] / 1e6
+        return f"{held:.1f} MB VMEM, {beside:.1f} MB"
+    return found.get("note", "not compiled")[:60]
 
 
 def microseconds(seconds: float | None) -> str:
