@@ -83,7 +83,7 @@ def dspark_draft(config: DraftConfig, mesh: Mesh | None = None) -> Draft:
         given = (length, anchor, keys, temperature, pages)
         return run(mesh, part, ins, rows(spread), prepared, frozen, cache, *given)
 
-    return Draft(config.draft_length, prepare, init_cache, extend_context, draft_block)
+    return Draft(config.draft_length, prepare, init_cache, extend_context, draft_block, mesh)
 
 
 def check_mesh(config: DraftConfig, mesh: Mesh | AbstractMesh) -> None:

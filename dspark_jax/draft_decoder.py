@@ -258,7 +258,7 @@ def by_kernel(
     )
     if block is None:
         return None
-    recipe = Recipe(base, block.mixed, w2, block.log_q, jnp.zeros(len(base), bool))
+    recipe = Recipe(base, block.mixed, w2, block.log_q, block.lse)
     if decoder.confidence_head is None:
         return Proposal(block.tokens, recipe, block.odds)
     return Proposal(block.tokens, recipe, decoder.confidence_head(predicting, block.embedding))

@@ -122,6 +122,7 @@ def decode_step(
             verify_length,
             request.temperature,
             salted(round_keys, VERIFY_SALT),
+            draft.mesh,
         )
     with jax.named_scope("commit"):
         position = kept_positions(state, rows.position, verdict)

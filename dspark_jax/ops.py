@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float8e4m3fn, Int, UInt32
 
+from dspark_jax.sampling import largest
+
 Choice = Literal["auto", "pallas", "reference"]
 """auto: kernels where there are some for the device and the shapes. pallas: an error where there
 are none; without an accelerator, interpreted. reference: never."""
@@ -205,6 +207,42 @@ def markov_block(
     return picked.function(*given, target_id, head_type=head_type)
 
 
+def row_statistics(
+    logits: Float[Array, "B S V"], tokens: Int[Array, "B S"], temperature: Float[Array, "B"]
+) -> Any:
+    """The `RowStatistics` of rows of logits: see its reference.
+
+    XLA reads logits more than once, and of greedy sequences alone nothing but the best entries: the
+    other numbers are zeros then.
+    """
+    given = (logits, tokens, temperature)
+    picked = pick("acceptance.row_statistics", *given)
+    if picked.is_kernel:
+        return picked.function(*given)
+
+    def judged() -> Any:
+        return picked.function(*given)._replace(best=None)
+
+    unknown = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judged))
+    found = jax.lax.cond(jnp.any(temperature > 0), judged, lambda: unknown)
+    return found._replace(best=largest(logits))
+
+
+def residual_draw(
+    p_logits: Float[Array, "B V"],
+    q_logits: Float[Array, "B Vd"],
+    p_lse: Float[Array, "B"],
+    q_lse: Float[Array, "B"],
+    refused: Bool[Array, "B"],
+    words: UInt32[Array, "B 2"],
+    temperature: Float[Array, "B"],
+    target_id: Int[Array, "Vd"] | None,
+) -> Int[Array, "B"]:
+    """A draw from the positive part of p - q, or from p: see its reference."""
+    given = (p_logits, q_logits, p_lse, q_lse, refused, words, temperature, target_id)
+    return pick("acceptance.residual_draw", *given).function(*given)
+
+
 def row_width(size: int) -> int:
     """How wide a cache row of `size` numbers is: a TPU copies none but whole registers' widths."""
     wanted = backend_of(default_device(), _Chosen.choice).file == "tpu"
@@ -272,8 +310,9 @@ def _kernel(
     if importlib.util.find_spec(name) is None:
         return None, f"none is written for a {backend.file}"
     module = importlib.import_module(name)
-    told = {k: v for k, v in backend.told.items() if k in signature(module.unsupported).parameters}
-    why_not = module.unsupported(*arrays, **settings, **told)
+    unsupported = getattr(module, f"unsupported_{function}", None) or module.unsupported
+    told = {k: v for k, v in backend.told.items() if k in signature(unsupported).parameters}
+    why_not = unsupported(*arrays, **settings, **told)
     if why_not is not None:
         return None, why_not.rstrip(".")
 

@@ -14,7 +14,7 @@ def sampling_noise(
 
     The two words of the round's key come from threefry; each entry then mixes them with its own
     number by a 32-bit integer hash (the finaliser that vLLM's sampler uses too), twenty times
-    cheaper than threefry over the whole vocabulary. Only the draft draws this way.
+    cheaper than threefry over the whole vocabulary.
     """
     words = noise_words(keys, length)[..., None, None]
     number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
@@ -23,8 +23,13 @@ def sampling_noise(
 
 def noise_words(keys: Key[Array, "B"], length: Int[Array, "B"]) -> UInt32[Array, "B 2"]:
     """What the noise of each sequence's round is made of."""
-    rounds = jax.vmap(jax.random.fold_in)(keys, length)
-    return jax.random.key_data(rounds).astype(jnp.uint32)[:, -2:]
+    return key_words(jax.vmap(jax.random.fold_in)(keys, length))
+
+
+def key_words(keys: Key[Array, "B"]) -> UInt32[Array, "B 2"]:
+    """Two words of every key, for noise that is hashed from them: whoever draws so needs his own
+    keys."""
+    return jax.random.key_data(keys).astype(jnp.uint32)[:, -2:]
 
 
 def salted(keys: Key[Array, "B"], salt: int) -> Key[Array, "B"]:

@@ -11,6 +11,7 @@ NamedTuples rather than checked dataclasses: they survive `tree.map` to sharding
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
@@ -105,15 +106,15 @@ class DraftCache(NamedTuple):
 class Recipe(NamedTuple):
     """Logits [B G Vd] that are not kept: `base + mixed @ w2`, once more where a row is needed.
 
-    `log_q` are the log-probabilities of the drafted tokens at the temperature they were drawn at.
-    A block that was drawn from single tokens, not from these logits, is `certain`.
+    `log_q` are the log-probabilities of the drafted tokens at the temperature they were drawn at,
+    `lse` the logarithms of the sums of exp(logits / temperature); temperature 1 where it was 0.
     """
 
     base: Float[Array, "B G Vd"]
     mixed: Float[Array, "B G r"]
     w2: Float[Array, "r Vd"]
     log_q: Float[Array, "B G"]
-    certain: Bool[Array, "B"]
+    lse: Float[Array, "B G"]
 
 
 class Proposal(NamedTuple):
@@ -127,6 +128,8 @@ class Proposal(NamedTuple):
     logits: Any
     """float32 [B G Vd], or the `Recipe` for them."""
     confidence: Float[Array, "B G"]
+    certain: Bool[Array, "B"] | None = None
+    """Blocks that were drawn from single tokens, not from the logits; None: no block was."""
 
 
 class Verdict(NamedTuple):
@@ -178,6 +181,8 @@ class Draft(NamedTuple):
     init_cache: Callable[..., Any]
     extend_context: Callable[..., Any]
     draft_block: Callable[..., Proposal]
+    mesh: Mesh | None = None
+    """The devices that draft together, if several do."""
 
 
 class DecodeState(NamedTuple):

@@ -277,7 +277,7 @@ def test_at_temperature_zero_tokens_are_the_targets_argmax(head: str, kind: str)
 
 
 def always_accept(
-    proposal: Any, target_logits: Array, target_id: Any, n: Array, temperature: Any, keys: Array
+    proposal: Any, target_logits: Array, target_id: Any, n: Array, _: Any, keys: Array, mesh: Any
 ) -> Verdict:
     """A wrong rule: every admitted draft is kept."""
     last = jnp.take_along_axis(target_logits, n[:, None, None], axis=1)[:, 0]
@@ -286,8 +286,8 @@ def always_accept(
 
 def emit_from_target(*given: Any) -> Any:
     """A wrong rule: a refused draft is replaced by a draw from p, not from the residual."""
-    *before, refused, scale, keys = given
-    return acceptance_emit(*before, jnp.zeros_like(refused), scale, keys)  # pyright: ignore[reportCallIssue]
+    *before, refused, temperature, keys = given
+    return acceptance_emit(*before, jnp.zeros_like(refused), temperature, keys)  # pyright: ignore[reportCallIssue]
 
 
 acceptance_emit = acceptance._emit
