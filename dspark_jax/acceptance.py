@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from dspark_jax import ops
 from dspark_jax.sampling import key_words, salted
 from dspark_jax.spread import over, rows, run
-from dspark_jax.types import Proposal, Recipe, Verdict
+from dspark_jax.types import Candidates, Proposal, Recipe, Verdict
 
 ACCEPT_SALT, EMIT_SALT = 1, 2
 
@@ -102,6 +102,11 @@ def _drafted(
     made = proposal.logits
     if isinstance(made, Recipe):
         log_q, lse = made.log_q, made.lse
+    elif isinstance(made, Candidates):
+        scaled = made.logits / jnp.where(temperature == 0, 1.0, temperature)[:, None, None]
+        own = target_id[made.entry] == proposal.tokens[..., None]
+        lse = jax.nn.logsumexp(scaled, axis=-1)
+        log_q = jnp.max(jnp.where(own, scaled, -jnp.inf), axis=-1) - lse
     else:
         # Draft ids ascend with target ids, so the drafted token's place is found by bisection.
         place = jnp.searchsorted(target_id, proposal.tokens).astype(jnp.int32)
@@ -120,6 +125,10 @@ def _drafted_from(
     if isinstance(made, Recipe):
         bias = jnp.matmul(_at(made.mixed, row), made.w2, preferred_element_type=jnp.float32)
         logits = _at(made.base, row) + bias
+    elif isinstance(made, Candidates):
+        impossible = jnp.full((len(row), len(target_id)), -jnp.inf, made.logits.dtype)
+        place = (jnp.arange(len(row))[:, None], _at(made.entry, row))
+        logits = impossible.at[place].set(_at(made.logits, row), unique_indices=True)
     else:
         logits = _at(made, row)
     if proposal.certain is None:
@@ -148,7 +157,7 @@ def _emit(
     return ops.residual_draw(logits, drafted, *lse, refused, words, temperature, ids)
 
 
-def _at(values: Float[Array, "B S n"], row: Int[Array, "B"]) -> Float[Array, "B n"]:
+def _at(values: Shaped[Array, "B S n"], row: Int[Array, "B"]) -> Shaped[Array, "B n"]:
     """One row of every sequence."""
     return jnp.take_along_axis(values, row[:, None, None], axis=1)[:, 0]
 

@@ -16,9 +16,14 @@ def sampling_noise(
     number by a 32-bit integer hash (the finaliser that vLLM's sampler uses too), twenty times
     cheaper than threefry over the whole vocabulary.
     """
-    words = noise_words(keys, length)[..., None, None]
-    number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + words[:, 0]) ^ words[:, 1]))
+    number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(1, *shape)
+    return noise_at(noise_words(keys, length), number)
+
+
+def noise_at(words: UInt32[Array, "B 2"], number: UInt32[Array, "#B G n"]) -> Float[Array, "B G n"]:
+    """The same noise of entries by their numbers in the block, `slot * Vd + entry`."""
+    low, high = words[:, :1, None], words[:, 1:, None]
+    return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + low) ^ high))
 
 
 def noise_words(keys: Key[Array, "B"], length: Int[Array, "B"]) -> UInt32[Array, "B 2"]:

@@ -117,6 +117,13 @@ class Recipe(NamedTuple):
     lse: Float[Array, "B G"]
 
 
+class Candidates(NamedTuple):
+    """Logits of the `entry`s of the draft vocabulary that a slot's token was drawn among."""
+
+    entry: Int[Array, "B G k"]
+    logits: Float[Array, "B G k"]
+
+
 class Proposal(NamedTuple):
     """One drafted block. `tokens` are target ids; `logits` are over the draft vocabulary.
 
@@ -126,7 +133,7 @@ class Proposal(NamedTuple):
 
     tokens: Int[Array, "B G"]
     logits: Any
-    """float32 [B G Vd], or the `Recipe` for them."""
+    """float32 [B G Vd], the `Recipe` for them, or those of `Candidates` alone."""
     confidence: Float[Array, "B G"]
     certain: Bool[Array, "B"] | None = None
     """Blocks that were drawn from single tokens, not from the logits; None: no block was."""
@@ -183,6 +190,8 @@ class Draft(NamedTuple):
     draft_block: Callable[..., Proposal]
     mesh: Mesh | None = None
     """The devices that draft together, if several do."""
+    candidates: int | None = None
+    """Tokens that a slot's is drawn among; None: the whole vocabulary."""
 
 
 class DecodeState(NamedTuple):
