@@ -251,8 +251,9 @@ def _kernel(one: Instruction, types: list[Type], result: Type, stated: int) -> M
 
 def _stacked_alike(kind: Type, other: Type) -> bool:
     """Whether two arrays hold something for each of as many layers."""
-    shapes = isinstance(kind, Shape) and isinstance(other, Shape)
-    return shapes and min(len(kind.dims), len(other.dims)) > 2 and kind.dims[0] == other.dims[0]
+    if not isinstance(kind, Shape) or not isinstance(other, Shape):
+        return False
+    return min(len(kind.dims), len(other.dims)) > 2 and kind.dims[0] == other.dims[0]
 
 
 def exchanges(
