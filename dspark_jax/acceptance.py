@@ -4,6 +4,7 @@ Whatever the draft proposes, emitted tokens are distributed as the target alone 
 (Leviathan et al. 2023; paper §2). At temperature 0 they are the target's argmax, token by token.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from dspark_jax import ops
 from dspark_jax.sampling import key_words, salted
-from dspark_jax.spread import over, rows, run
+from dspark_jax.spread import Spread, over, recipe_lies, rows, run
 from dspark_jax.types import Candidates, Proposal, Recipe, Verdict
 
 ACCEPT_SALT, EMIT_SALT = 1, 2
@@ -36,12 +37,17 @@ def accept(
     `verify_length` are not read. `keys` must be fresh every round and not be the draft's. Over a
     mesh every group of devices judges its own sequences, whose whole vocabulary each of them has.
     """
-    lie = rows(over(mesh, len(keys)))
-    ins, given = (lie, lie, PartitionSpec(), lie, lie, lie), (proposal, target_logits, target_id)
-    return run(mesh, _judge, ins, lie, *given, verify_length, temperature, keys)
+    spread = over(mesh, len(keys))
+    lie = rows(spread)
+    made: Any = recipe_lies(spread) if isinstance(proposal.logits, Recipe) else lie
+    drafts: Any = {"tokens": lie, "logits": made, "confidence": lie, "certain": lie}
+    ins, judge = (Proposal(**drafts), lie, PartitionSpec(), lie, lie, lie), partial(_judge, spread)
+    given = (proposal, target_logits, target_id, verify_length, temperature, keys)
+    return run(mesh, judge, ins, lie, *given)
 
 
 def _judge(
+    spread: Spread,
     proposal: Proposal,
     target_logits: Float[Array, "B S V"],
     target_id: Int[Array, "Vd"],
@@ -51,14 +57,18 @@ def _judge(
 ) -> Verdict:
     """`accept` on one device."""
     greedy, tokens = temperature == 0, proposal.tokens
+    some = jnp.any(temperature > 0)
+    if isinstance(proposal.logits, Recipe):
+        # Devices exchange a recipe's row: all groups do, or none, whatever waits for whom.
+        some = spread.anywhere(some)
     # The row after the last draft judges none.
     beside = jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)
     p = ops.row_statistics(target_logits, beside, temperature)
     unknown = jnp.zeros(tokens.shape)
     kept, q_lse = jax.lax.cond(
-        jnp.all(greedy),
-        lambda: (jnp.zeros(tokens.shape, bool), unknown),
+        some,
         lambda: _kept_by_chance(proposal, p.log_p[:, :-1], target_id, temperature, keys),
+        lambda: (jnp.zeros(tokens.shape, bool), unknown),
     )
     kept = jnp.where(greedy[:, None], tokens == p.best[:, :-1], kept)
     slot = jnp.arange(kept.shape[1])
@@ -68,12 +78,12 @@ def _judge(
         greedy,
         _pick(p.best, accepted),
         jax.lax.cond(
-            jnp.all(greedy),
-            lambda: jnp.zeros(accepted.shape, p.best.dtype),
+            some,
             lambda: _emit(
-                *(proposal, target_logits, p.lse, q_lse, target_id, accepted),
+                *(spread, proposal, target_logits, p.lse, q_lse, target_id, accepted),
                 *(refused, temperature, keys),
             ),
+            lambda: jnp.zeros(accepted.shape, p.best.dtype),
         ),
     )
     return Verdict(accepted, bonus.astype(tokens.dtype))
@@ -118,13 +128,13 @@ def _drafted(
 
 
 def _drafted_from(
-    proposal: Proposal, target_id: Int[Array, "Vd"], row: Int[Array, "B"]
+    spread: Spread, proposal: Proposal, target_id: Int[Array, "Vd"], row: Int[Array, "B"]
 ) -> Float[Array, "B Vd"]:
     """The logits that one slot of every block was drawn from."""
     made = proposal.logits
     if isinstance(made, Recipe):
         bias = jnp.matmul(_at(made.mixed, row), made.w2, preferred_element_type=jnp.float32)
-        logits = _at(made.base, row) + bias
+        logits = spread.columns(_at(made.base, row) + bias)
     elif isinstance(made, Candidates):
         impossible = jnp.full((len(row), len(target_id)), -jnp.inf, made.logits.dtype)
         place = (jnp.arange(len(row))[:, None], _at(made.entry, row))
@@ -138,6 +148,7 @@ def _drafted_from(
 
 
 def _emit(
+    spread: Spread,
     proposal: Proposal,
     target_logits: Float[Array, "B S V"],
     p_lse: Float[Array, "B S"],
@@ -151,7 +162,7 @@ def _emit(
     """A draw from p, or from the positive part of p - q where a draft was refused."""
     logits = _at(target_logits, accepted)
     row = jnp.minimum(accepted, proposal.tokens.shape[1] - 1)
-    drafted = _drafted_from(proposal, target_id, row)
+    drafted = _drafted_from(spread, proposal, target_id, row)
     ids = None if drafted.shape[1] == logits.shape[1] else target_id
     lse, words = (_pick(p_lse, accepted), _pick(q_lse, row)), key_words(salted(keys, EMIT_SALT))
     return ops.residual_draw(logits, drafted, *lse, refused, words, temperature, ids)

@@ -12,8 +12,8 @@ from dspark_jax import draft_decoder, drafting
 from dspark_jax.config import DraftConfig
 from dspark_jax.drafter import Drafter
 from dspark_jax.sharding import TENSOR, page_specs, tree_specs, zeros
-from dspark_jax.spread import ALONE, Spread, over, rows, run
-from dspark_jax.types import Draft
+from dspark_jax.spread import ALONE, Spread, over, recipe_lies, rows, run
+from dspark_jax.types import Draft, Proposal
 
 
 def draft_graphdef(config: DraftConfig) -> Any:
@@ -86,8 +86,12 @@ def dspark_draft(
         spread, held = over(mesh, len(length)), cache_specs(cache, pages)
         ins = (specs(prepared), specs(frozen), held, *(rows(spread),) * 5)
         part = partial(drafting.draft_block, config, spread=spread, candidates=candidates)
-        given = (length, anchor, keys, temperature, pages)
-        return run(mesh, part, ins, rows(spread), prepared, frozen, cache, *given)
+        given, lie = (length, anchor, keys, temperature, pages), rows(spread)
+        told = (prepared, config.draft_length, len(length), spread)
+        recipes = mesh is not None and candidates is None and drafting.keeps_recipes(*told)
+        parts: Any = {"tokens": lie, "logits": recipe_lies(spread), "confidence": lie}
+        outs = Proposal(**parts) if recipes else lie
+        return run(mesh, part, ins, outs, prepared, frozen, cache, *given)
 
     return Draft(
         *(config.draft_length, prepare, init_cache, extend_context, draft_block),

@@ -144,8 +144,10 @@ def run_block(
     anchor: Int[Array, "B"],
     pages: Int[Array, "B P"] | None = None,
     spread: Spread = ALONE,
-) -> tuple[Float[Array, "B K D"], Float[Array, "B G Vd"]]:
+) -> tuple[Float[Array, "B K D"], Float[Array, "B G own"]]:
     """One block per sequence at positions `length`...: (hidden, base logits of predicting slots).
+
+    Of the logits a device has its own columns, `own` of them.
 
     Cache rows at or past `length` are stale and are not read.
     """
@@ -166,7 +168,7 @@ def run_block(
         gate, up = jnp.split(matmul(rms_norm(x, layer.mlp_norm, eps), layer.mlp_into), 2, axis=-1)
         x = x + spread.sum(matmul(jax.nn.silu(gate) * up, layer.mlp_down))
     hidden = rms_norm(x, decoder.norm, eps)
-    return hidden, spread.columns(base_logits(frozen, hidden[:, -config.draft_length :]))
+    return hidden, base_logits(frozen, hidden[:, -config.draft_length :])
 
 
 def project(

@@ -38,15 +38,16 @@ def draft_block(
     verifier must draw from other keys. `logits` are corrected, before temperature. With
     `candidates` every token is drawn among so many of the largest base logits.
     """
-    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor, pages, spread)
+    hidden, own = run_block(config, decoder, frozen, cache, length, anchor, pages, spread)
+    if decoder.markov_head is not None and candidates is None:
+        given = (own, hidden, anchor, noise_words(keys, length), temperature)
+        drafted = by_kernel(config, decoder, frozen, *given, spread)
+        if drafted is not None:
+            return drafted
+    logits = spread.columns(own)
     if candidates is not None:
         given = (logits, hidden, anchor, noise_words(keys, length), temperature)
         return by_candidates(config, decoder, frozen, *given, candidates)
-    if decoder.markov_head is not None and spread == ALONE:
-        given = (logits, hidden, anchor, noise_words(keys, length), temperature)
-        drafted = by_kernel(config, decoder, frozen, *given)
-        if drafted is not None:
-            return drafted
     noise = jax.lax.cond(
         jnp.any(temperature > 0),
         lambda: sampling_noise(keys, length, logits.shape[1:]),
@@ -109,15 +110,17 @@ def by_kernel(
     config: DraftConfig,
     decoder: DraftDecoder,
     frozen: Frozen,
-    base: Float[Array, "B G Vd"],
+    base: Float[Array, "B G own"],
     hidden: Float[Array, "B K D"],
     anchor: Int[Array, "B"],
     words: UInt32[Array, "B 2"],
     temperature: Float[Array, "B"],
+    spread: Spread,
 ) -> Proposal | None:
     """`draft_block`'s tokens, drawn by a kernel that keeps no corrected logits; None without one.
 
-    Noise and formulas are the same; logits differ in their last bits.
+    Noise and formulas are the same; logits differ in their last bits. Devices that share the
+    vocabulary tell one another of a slot what they have drawn, and no logits.
     """
     head, predicting = decoder.markov_head, hidden[:, -base.shape[1] :]
     assert head is not None
@@ -127,6 +130,8 @@ def by_kernel(
         *(base, predicting, anchor, state, words, temperature, head.markov_w1[...], w2),
         *(*head.mixing, frozen.target_id),
         head_type=head.head_type,
+        first=spread.first(base.shape[2]),
+        gather=spread.stacked if spread.tensor > 1 else None,
     )
     if block is None:
         return None
@@ -134,6 +139,16 @@ def by_kernel(
     if decoder.confidence_head is None:
         return Proposal(block.tokens, recipe, block.odds)
     return Proposal(block.tokens, recipe, decoder.confidence_head(predicting, block.embedding))
+
+
+def keeps_recipes(decoder: DraftDecoder, G: int, batch: int, spread: Spread) -> bool:
+    """Whether `by_kernel` drafts G tokens of `batch` sequences, as it is asked of every device."""
+    if decoder.markov_head is None:
+        return False
+    w2, state_type = decoder.markov_head.markov_w2.kernel[...], decoder.fc.dtype
+    B, own = batch // (spread.data if spread.rows_split else 1), w2.shape[1] // spread.tensor
+    base, factor = (B, G, own), (w2.shape[0], own)
+    return ops.pick_markov_step(base, jnp.float32, state_type, factor, w2.dtype).is_kernel
 
 
 def likeliest(logits: Float[Array, "B G n"], temperature: Float[Array, "B"]) -> Float[Array, "B G"]:

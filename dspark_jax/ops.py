@@ -180,31 +180,45 @@ def mla_attention(
 
 
 def markov_block(
-    base: Float[Array, "B G Vd"],
+    base: Float[Array, "B G own"],
     hidden: Float[Array, "B G D"],
     anchor: Int[Array, "B"],
     state: Float[Array, "B r"],
     words: UInt32[Array, "B 2"],
     temperature: Float[Array, "B"],
     w1: Float[Array, "V r"],
-    w2: Float[Array, "r Vd"],
+    w2: Float[Array, "r own"],
     mix_kernel: Float[Array, "m n"] | None,
     mix_bias: Float[Array, "n"] | None,
     target_id: Int[Array, "Vd"],
     *,
     head_type: str,
+    first: Int[Array, ""] | int = 0,
+    gather: Callable[[Array], Array] | None = None,
 ) -> Any:
     """A `MarkovBlock`: see its reference. None where no kernel is picked.
 
-    Without one it is cheaper to keep the corrected logits than to read the vocabulary twice.
+    Without one it is cheaper to keep the corrected logits than to read the vocabulary twice. Of a
+    vocabulary that several devices share this one has its own entries, from `first` on; `gather`
+    puts what they have drawn one behind the other.
     """
-    slot = jax.ShapeDtypeStruct((), jnp.int32)
-    by_slot = jax.ShapeDtypeStruct((base.shape[1], len(base), base.shape[2]), base.dtype)
-    picked = pick("markov.markov_block", by_slot, state, w2, words, temperature, slot, slot)
+    picked = pick_markov_step(base.shape, base.dtype, state.dtype, w2.shape, w2.dtype)
     if not picked.is_kernel:
         return None
-    given = (base, hidden, anchor, state, words, temperature, w1, w2, mix_kernel, mix_bias)
-    return picked.function(*given, target_id, head_type=head_type)
+    reference = importlib.import_module(f"{PACKAGE}.markov.reference")
+    share = None if gather is None else reference.Share(first, len(target_id), gather)
+    given = (base, hidden, anchor, state, words, temperature, (w1, w2, mix_kernel, mix_bias))
+    return reference.run_block(picked.function, *given, target_id, head_type, share)
+
+
+def pick_markov_step(
+    base: tuple[int, ...], base_type: Any, state_type: Any, w2: tuple[int, ...], w2_type: Any
+) -> "Picked":
+    """What draws a slot's tokens, by the shapes and types of `markov_block`."""
+    (B, G, n), shaped = base, jax.ShapeDtypeStruct
+    arrays = (shaped((G, B, n), base_type), shaped((B, w2[0]), state_type), shaped(w2, w2_type))
+    words, slot = shaped((B, 2), jnp.uint32), shaped((), jnp.int32)
+    return pick("markov.markov_step", *arrays, words, shaped((B,), jnp.float32), slot, slot)
 
 
 def row_statistics(

@@ -79,8 +79,9 @@ def exchanges(plan: Plan, drafting: bool) -> Counter[tuple[str, int]]:
     needed["all-gather", plan.tensor] += 1  # logits
     if drafting:
         needed["sum", plan.tensor] += 2 * draft.num_hidden_layers + 1
-        # The fused states, the logits, and the Markov head's bias at every position.
+        # The fused states, what is drawn at every position, and the row a refused draft is from.
         needed["all-gather", plan.tensor] += 2 + draft.draft_length
+        needed["sum", plan.data] += 1  # whether any sequence samples
     return needed
 
 
