@@ -96,10 +96,13 @@ def _kept_by_chance(
     temperature: Float[Array, "B"],
     keys: Key[Array, "B"],
 ) -> tuple[Bool[Array, "B G"], Float[Array, "B G"]]:
-    """(u < p(x) / q(x) per draft, compared as logarithms; the logarithms of q's sums)."""
+    """(u <= p(x) / q(x) per draft, compared as logarithms; the logarithms of q's sums).
+
+    u is never 0: then even a token that the target forbids would be kept.
+    """
     log_q, q_lse = _drafted(proposal, target_id, temperature)
-    chance = jax.vmap(lambda key: jax.random.uniform(key, log_p.shape[1:]))
-    return jnp.log(chance(salted(keys, ACCEPT_SALT))) < log_p - log_q, q_lse
+    chance = jax.vmap(lambda key: 1 - jax.random.uniform(key, log_p.shape[1:]))
+    return jnp.log(chance(salted(keys, ACCEPT_SALT))) <= log_p - log_q, q_lse
 
 
 def _drafted(

@@ -39,7 +39,7 @@ def test_a_recipe_and_its_logits_give_the_same_verdicts(reduced: bool):
     log_q = jnp.take_along_axis(log_q, entry[..., None], axis=-1)[..., 0]
     kept = Proposal(target_id[entry], logits, jnp.zeros((B, G)))
     recipe = kept._replace(logits=Recipe(base, mixed, w2, log_q, lse))
-    target_logits = draw(B, G + 1, V)
+    target_logits = 0.5 * draw(B, G + 1, V)
 
     @jax.jit
     def verdict(proposal: Proposal, key: jax.Array):
