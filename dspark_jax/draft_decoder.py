@@ -5,13 +5,13 @@ are one product, and caches are stored head by head, as attention reads them. Th
 of `drafter.score_blocks`, which trains.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int
 
 from dspark_jax import ops
 from dspark_jax.cache import cells
@@ -20,12 +20,9 @@ from dspark_jax.draft_layer import DecoderLayer
 from dspark_jax.drafter import Drafter, base_logits, block_positions
 from dspark_jax.heads import ConfidenceHead, MarkovHead
 from dspark_jax.layers import matmul, rms_norm, rope_angles, rotate_half
-from dspark_jax.sampling import choose, noise_words, sampling_noise
 from dspark_jax.spread import ALONE, Spread
 from dspark_jax.stack import members
-from dspark_jax.types import DraftCache, Frozen, Proposal, Recipe, Rows
-
-MOST_ODDS = 40.0
+from dspark_jax.types import DraftCache, Frozen, Rows
 
 
 class LayerWeights(NamedTuple):
@@ -51,10 +48,13 @@ class DraftDecoder(NamedTuple):
     norm: Float[Array, "D"]
     markov_head: MarkovHead | None
     confidence_head: ConfidenceHead | None
+    candidate_factor: Float[Array, "Vd r"] | None
+    """The Markov head's last factor once more, turned, where tokens are drawn among candidates."""
 
 
-def prepare(drafter: Drafter) -> DraftDecoder:
-    """Lay a draft's weights out for decoding; run it once."""
+def prepare(drafter: Drafter, among: bool = False, spread: Spread = ALONE) -> DraftDecoder:
+    """Lay a draft's weights out for decoding; run it once. `among`: for drawing among candidates,
+    whose columns of the last factor every device has."""
     layers: dict[int, DecoderLayer] = {}
     for g, member, repeat, number in members(drafter.groups):
         graphdef, params = nnx.split(drafter.layers[g][member])
@@ -70,7 +70,13 @@ def prepare(drafter: Drafter) -> DraftDecoder:
         norm=drafter.norm.weight[...],
         markov_head=drafter.markov_head,
         confidence_head=drafter.confidence_head,
+        candidate_factor=turned_factor(drafter.markov_head, spread) if among else None,
     )
+
+
+def turned_factor(head: MarkovHead | None, spread: Spread) -> Float[Array, "Vd r"] | None:
+    """W2 with the numbers of an entry side by side: a few entries are read without the others."""
+    return None if head is None else spread.columns(head.markov_w2.kernel[...]).T
 
 
 def lay_out(layer: DecoderLayer) -> LayerWeights:
@@ -138,8 +144,10 @@ def run_block(
     anchor: Int[Array, "B"],
     pages: Int[Array, "B P"] | None = None,
     spread: Spread = ALONE,
-) -> tuple[Float[Array, "B K D"], Float[Array, "B G Vd"]]:
+) -> tuple[Float[Array, "B K D"], Float[Array, "B G own"]]:
     """One block per sequence at positions `length`...: (hidden, base logits of predicting slots).
+
+    Of the logits a device has its own columns, `own` of them.
 
     Cache rows at or past `length` are stale and are not read.
     """
@@ -160,7 +168,7 @@ def run_block(
         gate, up = jnp.split(matmul(rms_norm(x, layer.mlp_norm, eps), layer.mlp_into), 2, axis=-1)
         x = x + spread.sum(matmul(jax.nn.silu(gate) * up, layer.mlp_down))
     hidden = rms_norm(x, decoder.norm, eps)
-    return hidden, spread.columns(base_logits(frozen, hidden[:, -config.draft_length :]))
+    return hidden, base_logits(frozen, hidden[:, -config.draft_length :])
 
 
 def project(
@@ -178,102 +186,3 @@ def project(
     query = rotate_half(rms_norm(query, layer.query_norm, config.rms_norm_eps), angle)
     key = rotate_half(rms_norm(key, layer.key_norm, config.rms_norm_eps), angle)
     return query, key, value
-
-
-def draft_block(
-    config: DraftConfig,
-    decoder: DraftDecoder,
-    frozen: Frozen,
-    cache: DraftCache,
-    length: Int[Array, "B"],
-    anchor: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    temperature: Float[Array, "B"],
-    pages: Int[Array, "B P"] | None = None,
-    spread: Spread = ALONE,
-) -> Proposal:
-    """Draft G tokens per sequence: one parallel pass, then position by position (paper §3.1).
-
-    A sequence's noise comes from its own key folded with its `length`, which grows every round:
-    the same key can be passed each time, other rows never matter, and no noise is used twice. The
-    verifier must draw from other keys. `logits` are corrected, before temperature.
-    """
-    hidden, logits = run_block(config, decoder, frozen, cache, length, anchor, pages, spread)
-    if decoder.markov_head is not None and spread == ALONE:
-        given = (logits, hidden, anchor, noise_words(keys, length), temperature)
-        drafted = by_kernel(config, decoder, frozen, *given)
-        if drafted is not None:
-            return drafted
-    noise = jax.lax.cond(
-        jnp.any(temperature > 0),
-        lambda: sampling_noise(keys, length, logits.shape[1:]),
-        lambda: jnp.zeros_like(logits),
-    )
-    head, state, predicting = decoder.markov_head, None, hidden[:, -logits.shape[1] :]
-    if head is not None:
-        state = head.start(hidden[:, 0])
-        if not config.sample_from_anchor:  # training runs the state over slot 0 too
-            state, _, _ = head.step(state, anchor, hidden[:, 0])
-
-    def position(carry: Any, slot: Any) -> tuple[Any, Any]:
-        (state, prev), (hidden, logits, noise), embedding = carry, slot, None
-        if head is not None:
-            state, bias, embedding = head.step(state, prev, hidden)
-            logits += spread.columns(bias)
-        token = frozen.target_id[choose(logits, noise, temperature)].astype(prev.dtype)
-        return (state, token), (token, logits, embedding)
-
-    slots = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (predicting, logits, noise))
-    _, drafted = jax.lax.scan(position, (state, anchor), slots)
-    tokens, logits, embedding = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), drafted)
-    if decoder.confidence_head is not None:
-        return Proposal(tokens, logits, decoder.confidence_head(predicting, embedding))
-    return Proposal(tokens, logits, likeliest(logits, temperature))
-
-
-def by_kernel(
-    config: DraftConfig,
-    decoder: DraftDecoder,
-    frozen: Frozen,
-    base: Float[Array, "B G Vd"],
-    hidden: Float[Array, "B K D"],
-    anchor: Int[Array, "B"],
-    words: UInt32[Array, "B 2"],
-    temperature: Float[Array, "B"],
-) -> Proposal | None:
-    """`draft_block`'s tokens, drawn by a kernel that keeps no corrected logits; None without one.
-
-    Noise and formulas are the same; logits differ in their last bits.
-    """
-    head, predicting = decoder.markov_head, hidden[:, -base.shape[1] :]
-    assert head is not None
-    state = head.start(hidden[:, 0])
-    if not config.sample_from_anchor:
-        state, _, _ = head.step(state, anchor, hidden[:, 0])
-    w2 = head.markov_w2.kernel[...]
-    block = ops.markov_block(
-        *(base, predicting, anchor, state, words, temperature, head.markov_w1[...], w2),
-        *(*head.mixing, frozen.target_id),
-        head_type=head.head_type,
-    )
-    if block is None:
-        return None
-    recipe = Recipe(base, block.mixed, w2, block.log_q, jnp.zeros(len(base), bool))
-    if decoder.confidence_head is None:
-        return Proposal(block.tokens, recipe, block.odds)
-    return Proposal(block.tokens, recipe, decoder.confidence_head(predicting, block.embedding))
-
-
-def likeliest(
-    logits: Float[Array, "B G Vd"], temperature: Float[Array, "B"]
-) -> Float[Array, "B G"]:
-    """Log-odds of the likeliest token, within ±40, at the temperature that is drawn at.
-
-    What a draft without a confidence head is judged by. It is the same whichever token is drawn
-    (feature of vLLM's `acceptance_estimator.py`).
-    """
-    logits = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None, None]
-    first = jnp.argmax(logits, axis=-1, keepdims=True)
-    others = jnp.where(jnp.arange(logits.shape[-1]) == first, -jnp.inf, logits)
-    odds = jnp.max(logits, axis=-1) - jax.nn.logsumexp(others, axis=-1)
-    return jnp.clip(odds, -MOST_ODDS, MOST_ODDS)

@@ -71,9 +71,18 @@ class MarkovHead(nnx.Module):
         hidden: Float[Array, "*rows D"],
     ) -> tuple[Float[Array, "*rows r"], Float[Array, "*rows Vd"], Float[Array, "*rows r"]]:
         """One slot: (new state, bias, embedding of the previous token)."""
-        embedding = self.embed(prev)
-        state, mixed = self._mix(state, embedding, hidden)
+        state, mixed, embedding = self.mixed(state, prev, hidden)
         return state, self._project(mixed), embedding
+
+    def mixed(
+        self,
+        state: Float[Array, "*rows r"],
+        prev: Int[Array, "*rows"],
+        hidden: Float[Array, "*rows D"],
+    ) -> tuple[Float[Array, "*rows r"], Float[Array, "*rows r"], Float[Array, "*rows r"]]:
+        """The same with f, of which `W2 · f` is the bias, in its place."""
+        embedding = self.embed(prev)
+        return *self._mix(state, embedding, hidden), embedding
 
     def block(
         self, prev: Int[Array, "*blocks K"], hidden: Float[Array, "*blocks K D"]

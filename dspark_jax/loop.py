@@ -141,6 +141,7 @@ def decode_step(
             verify_length,
             request.temperature,
             judging,
+            draft.mesh,
         )
     with jax.named_scope("commit"):
         position = kept_positions(state, rows.position, verdict)
@@ -163,14 +164,11 @@ def round_keys(state: DecodeState, request: Request) -> tuple[Key[Array, "B"], K
 
 
 def first_drafts(proposal: Proposal, length: int) -> Proposal:
-    """The beginnings of blocks."""
+    """The beginnings of blocks: everything that a slot has, of the first `length` slots."""
     made = proposal.logits
-    if isinstance(made, Recipe):
-        cut = {k: x[:, :length] for k, x in made._asdict().items() if k not in ("w2", "certain")}
-        logits = made._replace(**cut)
-    else:
-        logits = made[:, :length]
-    return Proposal(proposal.tokens[:, :length], logits, proposal.confidence[:, :length])
+    whole = (made.w2,) if isinstance(made, Recipe) else ()
+    whole += () if proposal.certain is None else (proposal.certain,)
+    return jax.tree.map(lambda x: x if any(x is y for y in whole) else x[:, :length], proposal)
 
 
 def verify_rows(state: DecodeState, proposal: Proposal, verify_length: Int[Array, "B"]) -> Rows:

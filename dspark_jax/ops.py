@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float8e4m3fn, Int, UInt32
 
+from dspark_jax.sampling import largest
+
 Choice = Literal["auto", "pallas", "reference"]
 """auto: kernels where there are some for the device and the shapes. pallas: an error where there
 are none; without an accelerator, interpreted. reference: never."""
@@ -178,31 +180,81 @@ def mla_attention(
 
 
 def markov_block(
-    base: Float[Array, "B G Vd"],
+    base: Float[Array, "B G own"],
     hidden: Float[Array, "B G D"],
     anchor: Int[Array, "B"],
     state: Float[Array, "B r"],
     words: UInt32[Array, "B 2"],
     temperature: Float[Array, "B"],
     w1: Float[Array, "V r"],
-    w2: Float[Array, "r Vd"],
+    w2: Float[Array, "r own"],
     mix_kernel: Float[Array, "m n"] | None,
     mix_bias: Float[Array, "n"] | None,
     target_id: Int[Array, "Vd"],
     *,
     head_type: str,
+    first: Int[Array, ""] | int = 0,
+    gather: Callable[[Array], Array] | None = None,
 ) -> Any:
     """A `MarkovBlock`: see its reference. None where no kernel is picked.
 
-    Without one it is cheaper to keep the corrected logits than to read the vocabulary twice.
+    Without one it is cheaper to keep the corrected logits than to read the vocabulary twice. Of a
+    vocabulary that several devices share this one has its own entries, from `first` on; `gather`
+    puts what they have drawn one behind the other.
     """
-    slot = jax.ShapeDtypeStruct((), jnp.int32)
-    by_slot = jax.ShapeDtypeStruct((base.shape[1], len(base), base.shape[2]), base.dtype)
-    picked = pick("markov.markov_block", by_slot, state, w2, words, temperature, slot, slot)
+    picked = pick_markov_step(base.shape, base.dtype, state.dtype, w2.shape, w2.dtype)
     if not picked.is_kernel:
         return None
-    given = (base, hidden, anchor, state, words, temperature, w1, w2, mix_kernel, mix_bias)
-    return picked.function(*given, target_id, head_type=head_type)
+    reference = importlib.import_module(f"{PACKAGE}.markov.reference")
+    share = None if gather is None else reference.Share(first, len(target_id), gather)
+    given = (base, hidden, anchor, state, words, temperature, (w1, w2, mix_kernel, mix_bias))
+    return reference.run_block(picked.function, *given, target_id, head_type, share)
+
+
+def pick_markov_step(
+    base: tuple[int, ...], base_type: Any, state_type: Any, w2: tuple[int, ...], w2_type: Any
+) -> "Picked":
+    """What draws a slot's tokens, by the shapes and types of `markov_block`."""
+    (B, G, n), shaped = base, jax.ShapeDtypeStruct
+    arrays = (shaped((G, B, n), base_type), shaped((B, w2[0]), state_type), shaped(w2, w2_type))
+    words, slot = shaped((B, 2), jnp.uint32), shaped((), jnp.int32)
+    return pick("markov.markov_step", *arrays, words, shaped((B,), jnp.float32), slot, slot)
+
+
+def row_statistics(
+    logits: Float[Array, "B S V"], tokens: Int[Array, "B S"], temperature: Float[Array, "B"]
+) -> Any:
+    """The `RowStatistics` of rows of logits: see its reference.
+
+    XLA reads logits more than once, and of greedy sequences alone nothing but the best entries: the
+    other numbers are zeros then.
+    """
+    given = (logits, tokens, temperature)
+    picked = pick("acceptance.row_statistics", *given)
+    if picked.is_kernel:
+        return picked.function(*given)
+
+    def judged() -> Any:
+        return picked.function(*given)._replace(best=None)
+
+    unknown = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judged))
+    found = jax.lax.cond(jnp.any(temperature > 0), judged, lambda: unknown)
+    return found._replace(best=largest(logits))
+
+
+def residual_draw(
+    p_logits: Float[Array, "B V"],
+    q_logits: Float[Array, "B Vd"],
+    p_lse: Float[Array, "B"],
+    q_lse: Float[Array, "B"],
+    refused: Bool[Array, "B"],
+    words: UInt32[Array, "B 2"],
+    temperature: Float[Array, "B"],
+    target_id: Int[Array, "Vd"] | None,
+) -> Int[Array, "B"]:
+    """A draw from the positive part of p - q, or from p: see its reference."""
+    given = (p_logits, q_logits, p_lse, q_lse, refused, words, temperature, target_id)
+    return pick("acceptance.residual_draw", *given).function(*given)
 
 
 def row_width(size: int) -> int:
@@ -272,8 +324,9 @@ def _kernel(
     if importlib.util.find_spec(name) is None:
         return None, f"none is written for a {backend.file}"
     module = importlib.import_module(name)
-    told = {k: v for k, v in backend.told.items() if k in signature(module.unsupported).parameters}
-    why_not = module.unsupported(*arrays, **settings, **told)
+    unsupported = getattr(module, f"unsupported_{function}", None) or module.unsupported
+    told = {k: v for k, v in backend.told.items() if k in signature(unsupported).parameters}
+    why_not = unsupported(*arrays, **settings, **told)
     if why_not is not None:
         return None, why_not.rstrip(".")
 

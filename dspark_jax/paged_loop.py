@@ -18,7 +18,7 @@ from dspark_jax.loop import DRAFT_SALT, VERIFY_SALT, Weights
 from dspark_jax.sampling import salted
 from dspark_jax.schedule import pack, verify_lengths, worth_verifying
 from dspark_jax.truncation import Edits, Truncation, edit, truncate
-from dspark_jax.types import Draft, Places, Proposal, Recipe, Rows, Target, Verdict
+from dspark_jax.types import Draft, Places, Proposal, Rows, Target, Verdict
 
 MOST_LOGPROBS = 20
 """As many of the likeliest tokens can be reported beside an emitted one."""
@@ -216,12 +216,13 @@ def verify_round(
     with jax.named_scope("accept"):
         drawn = _drawn(logits, control, edits)
         verdict = accept(
-            drawn_proposal(proposal, control, weights.frozen.target_id),
+            drawn_proposal(proposal, control),
             drawn,
             weights.frozen.target_id,
             verify_length,
             control.temperature,
             salted(keys, VERIFY_SALT),
+            draft.mesh,
         )
     with jax.named_scope("commit"):
         position, pages = _kept(rows, verdict, control.pages)
@@ -283,23 +284,14 @@ def plain_round(
     return state, Result(tokens, none, none, unsaid, unsaid, finite, told)
 
 
-def drawn_proposal(proposal: Proposal, control: Control, target_id: Int[Array, "Vd"]) -> Proposal:
+def drawn_proposal(proposal: Proposal, control: Control) -> Proposal:
     """The proposal with the distribution its tokens were drawn from.
 
     A block drafted greedily for a request that samples was drawn from one token alone, and is kept
     with the target's probability of it.
     """
     certain = (control.temperature > 0) & (control.draft_temperature == 0)
-    made = proposal.logits
-    if isinstance(made, Recipe):
-        log_q = jnp.where(certain[:, None], 0.0, made.log_q)
-        return proposal._replace(logits=made._replace(log_q=log_q, certain=certain))
-
-    def one_hot() -> Float[Array, "N G Vd"]:
-        chosen = target_id == proposal.tokens[..., None]
-        return jnp.where(certain[:, None, None], jnp.where(chosen, 0.0, -jnp.inf), made)
-
-    return proposal._replace(logits=jax.lax.cond(jnp.any(certain), one_hot, lambda: made))
+    return proposal._replace(certain=certain)
 
 
 def _enter(state: SlotState, control: Control) -> tuple[Int[Array, "N"], Int[Array, "N"]]:

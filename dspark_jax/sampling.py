@@ -14,17 +14,27 @@ def sampling_noise(
 
     The two words of the round's key come from threefry; each entry then mixes them with its own
     number by a 32-bit integer hash (the finaliser that vLLM's sampler uses too), twenty times
-    cheaper than threefry over the whole vocabulary. Only the draft draws this way.
+    cheaper than threefry over the whole vocabulary.
     """
-    words = noise_words(keys, length)[..., None, None]
-    number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + words[:, 0]) ^ words[:, 1]))
+    number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(1, *shape)
+    return noise_at(noise_words(keys, length), number)
+
+
+def noise_at(words: UInt32[Array, "B 2"], number: UInt32[Array, "#B G n"]) -> Float[Array, "B G n"]:
+    """The same noise of entries by their numbers in the block, `slot * Vd + entry`."""
+    low, high = words[:, :1, None], words[:, 1:, None]
+    return gumbel(_mix(_mix(number * jnp.uint32(0x9E3779B9) + low) ^ high))
 
 
 def noise_words(keys: Key[Array, "B"], length: Int[Array, "B"]) -> UInt32[Array, "B 2"]:
     """What the noise of each sequence's round is made of."""
-    rounds = jax.vmap(jax.random.fold_in)(keys, length)
-    return jax.random.key_data(rounds).astype(jnp.uint32)[:, -2:]
+    return key_words(jax.vmap(jax.random.fold_in)(keys, length))
+
+
+def key_words(keys: Key[Array, "B"]) -> UInt32[Array, "B 2"]:
+    """Two words of every key, for noise that is hashed from them: whoever draws so needs his own
+    keys."""
+    return jax.random.key_data(keys).astype(jnp.uint32)[:, -2:]
 
 
 def salted(keys: Key[Array, "B"], salt: int) -> Key[Array, "B"]:

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dspark_jax.sharding import DATA, TENSOR
+from dspark_jax.types import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Spread:
     def columns(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows N"]:
         """The columns of all devices of a group, side by side."""
         return jax.lax.all_gather(x, TENSOR, axis=x.ndim - 1, tiled=True) if self.tensor > 1 else x
+
+    def stacked(self, x: Shaped[Array, "*rest"]) -> Shaped[Array, "devices *rest"]:
+        """What all devices of a group have, one behind the other."""
+        return jax.lax.all_gather(x, TENSOR) if self.tensor > 1 else x[None]
+
+    def anywhere(self, said: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether any group says so, of what a group's devices say alike."""
+        return jax.lax.psum(said.astype(jnp.int32), DATA) > 0 if self.rows_split else said
 
     def embed(
         self, table: Float[Array, "V D"], tokens: Int[Array, "*rows"]
@@ -100,6 +109,14 @@ def over(mesh: Mesh | None, batch: int, split: bool = True) -> Spread:
 def rows(spread: Spread) -> PartitionSpec:
     """Where the sequences of arrays [B …] lie."""
     return PartitionSpec(DATA) if spread.rows_split else PartitionSpec()
+
+
+def recipe_lies(spread: Spread) -> Any:
+    """Where the arrays of a `Recipe` lie: each device of a group has its own columns."""
+    rows_axis: Any = DATA if spread.rows_split else None
+    base, w2 = PartitionSpec(rows_axis, None, TENSOR), PartitionSpec(None, TENSOR)
+    found: Any = {"base": base, "w2": w2}
+    return Recipe(**dict.fromkeys(Recipe._fields, rows(spread)) | found)
 
 
 def run(

@@ -11,6 +11,7 @@ NamedTuples rather than checked dataclasses: they survive `tree.map` to sharding
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
@@ -105,15 +106,22 @@ class DraftCache(NamedTuple):
 class Recipe(NamedTuple):
     """Logits [B G Vd] that are not kept: `base + mixed @ w2`, once more where a row is needed.
 
-    `log_q` are the log-probabilities of the drafted tokens at the temperature they were drawn at.
-    A block that was drawn from single tokens, not from these logits, is `certain`.
+    `log_q` are the log-probabilities of the drafted tokens at the temperature they were drawn at,
+    `lse` the logarithms of the sums of exp(logits / temperature); temperature 1 where it was 0.
     """
 
     base: Float[Array, "B G Vd"]
     mixed: Float[Array, "B G r"]
     w2: Float[Array, "r Vd"]
     log_q: Float[Array, "B G"]
-    certain: Bool[Array, "B"]
+    lse: Float[Array, "B G"]
+
+
+class Candidates(NamedTuple):
+    """Logits of the `entry`s of the draft vocabulary that a slot's token was drawn among."""
+
+    entry: Int[Array, "B G k"]
+    logits: Float[Array, "B G k"]
 
 
 class Proposal(NamedTuple):
@@ -125,8 +133,10 @@ class Proposal(NamedTuple):
 
     tokens: Int[Array, "B G"]
     logits: Any
-    """float32 [B G Vd], or the `Recipe` for them."""
+    """float32 [B G Vd], the `Recipe` for them, or those of `Candidates` alone."""
     confidence: Float[Array, "B G"]
+    certain: Bool[Array, "B"] | None = None
+    """Blocks that were drawn from single tokens, not from the logits; None: no block was."""
 
 
 class Verdict(NamedTuple):
@@ -178,6 +188,10 @@ class Draft(NamedTuple):
     init_cache: Callable[..., Any]
     extend_context: Callable[..., Any]
     draft_block: Callable[..., Proposal]
+    mesh: Mesh | None = None
+    """The devices that draft together, if several do."""
+    candidates: int | None = None
+    """Tokens that a slot's is drawn among; None: the whole vocabulary."""
 
 
 class DecodeState(NamedTuple):

@@ -30,6 +30,7 @@ def made_for(loaded: Loaded, sizes: Sizes, dtype: str, schedule: str) -> dict[st
     return {
         "target": hashlib.sha256(target.encode()).hexdigest(),
         "draft": None if draft is None else _plain(asdict(draft)),
+        "candidates": loaded.draft.candidates,
         "devices": sorted(f"{d.platform} {d.device_kind}" for d in placed),
         "meshes": sorted({str(x.sharding.mesh.shape) for x in arrays if _spread(x)}),
         "cores": os.cpu_count(),

@@ -60,11 +60,16 @@ def find(checkpoint: str | None, target: str | None, speculate: bool) -> Named:
 
 
 def load(
-    named: Named, mesh: Mesh, dtype: str | None, progress: Callable[[int, int], None]
+    named: Named,
+    mesh: Mesh,
+    dtype: str | None,
+    progress: Callable[[int, int], None],
+    candidates: int | None = None,
 ) -> Loaded:
     """Read both onto a mesh; ValueError in one sentence when they do not fit it or one another.
 
-    `dtype` None means the type that the target's config.json names.
+    `dtype` None means the type that the target's config.json names. The draft draws each token
+    among `candidates`, or from its whole vocabulary.
     """
     if named.draft is None:
         files = find_target(named.target, ())
@@ -80,7 +85,7 @@ def load(
             "fingerprints differ); give the --target that it was trained for."
         )
     fitted = calibration_file.read(named.draft, config.draft_length)
-    loaded = _read(files, config, params, target_id, mesh, dtype, progress)
+    loaded = _read(files, config, params, target_id, mesh, dtype, progress, candidates)
     return loaded._replace(temperatures=fitted)
 
 
@@ -92,10 +97,11 @@ def _read(
     mesh: Mesh,
     dtype: str | None,
     progress: Callable[[int, int], None],
+    candidates: int | None = None,
 ) -> Loaded:
     dtype = dtype or stored_type(files.described)
     target = make_target(files.config, mesh)
-    draft = no_draft() if config is None else dspark_draft(config, mesh)
+    draft = no_draft() if config is None else dspark_draft(config, mesh, candidates)
     loaded = read_target(files, mesh, dtype, progress)
     tables = jax.eval_shape(target.frozen, loaded.params, target_id)
     lie = tree_shardings(mesh, tables, "draft")

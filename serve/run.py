@@ -62,7 +62,8 @@ def run(settings: ServeSettings, speculation: Speculation) -> int:
     line = connect(settings.hosts)
     with bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         reading = progress.add_task("reading the target")
-        loaded = load(named, mesh, dtype, partial(_show, progress, reading))
+        show = partial(_show, progress, reading)
+        loaded = load(named, mesh, dtype, show, speculation.dspark_draft_topk)
     check_same(described_models(loaded))
     sizes = choose_sizes(settings, speculation, loaded)
     asked = together(lambda: calibrated and prompts_of(settings, calibrated, loaded, sizes))
@@ -187,6 +188,8 @@ def introduce(
     if loaded.draft_config is not None:
         config = loaded.draft_config
         draft = f"draft {named.draft}: {config.draft_length} tokens a block"
+        if loaded.draft.candidates is not None:
+            draft += f", each among {loaded.draft.candidates}"
     each = "" if loaded.mesh.size == 1 else ", each"
     memory = ", ".join(f"{what} {size / 1e9:.3f} GB" for what, size in bytes_of.items())
     console.print(f"[bold]{name}[/bold] ({loaded.files.folder})")

@@ -21,8 +21,8 @@ class ServeSettings:
     """Folder or hub id; by default the one that the checkpoint was made for."""
     speculative_config: str | None = None
     """vLLM's JSON: method, model, num_speculative_tokens (0: plain decoding), draft_sample_method
-    (greedy or probabilistic), enable_adaptive_verification, verification_schedule (asynchronous or
-    algorithm-1)."""
+    (greedy or probabilistic), dspark_draft_topk, enable_adaptive_verification,
+    verification_schedule (asynchronous or algorithm-1)."""
     prompt: str | None = None
     """Answer this in the terminal instead of serving."""
     calibrate: bool = False
@@ -85,6 +85,8 @@ class Speculation:
     num_speculative_tokens: int | None = None
     """None: as many as the draft was trained for."""
     draft_sample_method: Literal["greedy", "probabilistic"] = "probabilistic"
+    dspark_draft_topk: int | None = None
+    """Tokens with the largest base logits that each drafted one is drawn among; None: all."""
     enable_adaptive_verification: bool = True
     verification_schedule: str = "asynchronous"
     """asynchronous: how much is verified is settled by blocks drafted before (paper §5.2);
@@ -133,6 +135,11 @@ def read_speculation(text: str | None) -> Speculation:
     count = config.num_speculative_tokens
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
         raise ValueError(f"num_speculative_tokens {count!r} is no number of tokens.")
+    among = config.dspark_draft_topk
+    if among is not None and (not isinstance(among, int) or isinstance(among, bool) or among < 1):
+        raise ValueError(
+            f"dspark_draft_topk {among!r} is no number of tokens; give 1 or more, or leave it out."
+        )
     if not isinstance(config.enable_adaptive_verification, bool):
         raise ValueError("enable_adaptive_verification must be true or false.")
     return config

@@ -67,10 +67,20 @@ def residual_draw(
     p = jnp.exp(p_logits / scale - p_lse[:, None])
     q = jnp.exp(q_logits.astype(jnp.float32) / scale - q_lse[:, None])
     left = jnp.where(p > q, jnp.log(p - q) + noise, -jnp.inf)
-    from_p = jnp.argmax(p_logits + temperature[:, None] * noise, axis=-1)
     anything = jnp.max(left, axis=-1) > -jnp.inf
     residual = refused & (temperature > 0) & anything
-    return jnp.where(residual, jnp.argmax(left, axis=-1), from_p).astype(jnp.int32)
+    from_p = p_logits + temperature[:, None] * noise
+    return first_largest(jnp.where(residual[:, None], left, from_p))
+
+
+def first_largest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The argmax, the first of equals, by two plain reductions: a CPU runs them much faster.
+
+    Places are compared as float32, exact up to 2^24 entries.
+    """
+    place = jnp.arange(x.shape[-1], dtype=jnp.float32)
+    best = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(best, place, jnp.inf), axis=-1).astype(jnp.int32)
 
 
 def in_target(

@@ -23,6 +23,7 @@ from dspark_jax.pallas_kernels.fp8_matmul.tpu import (
     largest_divisor,
     multiplies,
     prepared,
+    scale_bytes,
     spread_scales,
 )
 
@@ -81,7 +82,9 @@ def fp8_experts(
     def all_scales(m: Any, n: Any, e: Any, k: Any, layer: Any, _s: Any, _e: Any, hit: Any, _c: Any):
         return layer[0], hit[m, e], 0, 0
 
-    once = pl.Buffered(buffer_count=1)
+    once, across = pl.Buffered(buffer_count=1), pl.cdiv(size_out, wide)
+    # Every tile of columns copies its experts' scales again.
+    expert_bytes = size_in * size_out + across * scale_bytes(scales)
     y = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -92,7 +95,7 @@ def fp8_experts(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
-            grid=(tiles, pl.cdiv(size_out, wide), experts, steps),
+            grid=(tiles, across, experts, steps),
             in_specs=[
                 pl.BlockSpec((high, x.shape[1]), lambda m, *_: (m, 0), pipeline_mode=once),
                 pl.BlockSpec((None, None, summed, wide), matrix),
@@ -106,7 +109,7 @@ def fp8_experts(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * R * size_in * size_out,
-            bytes_accessed=x.nbytes + min(E, R) * size_in * size_out + 4 * R * size_out,
+            bytes_accessed=x.nbytes + min(E, R) * expert_bytes + 4 * R * size_out,
             transcendentals=0,
         ),
         interpret=interpret,

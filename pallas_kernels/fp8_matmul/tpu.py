@@ -157,7 +157,7 @@ def _run(
         turned=turned,
         direct=multiplies(x.dtype, interpret),
     )
-    read = x.nbytes + grid[0] * size_in * size_out + scales[0].nbytes
+    read = x.nbytes + grid[0] * size_in * size_out + scale_bytes(scales)
     call = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -248,6 +248,12 @@ def prepared(values: Any, left: Any, direct: bool) -> tuple[Any, float]:
     other = words ^ sign
     zeros = ~(((other & rest) + rest) | other | rest)
     return pltpu.bitcast(words ^ zeros, jnp.float8_e4m3b11fnuz), 16.0
+
+
+def scale_bytes(scales: Any) -> int:
+    """Of one matrix's scales, which are copied by whole tiles."""
+    rows, columns = scales.shape[-2:]
+    return 4 * (pl.cdiv(rows, 8) * 8) * (pl.cdiv(columns, LANES) * LANES)
 
 
 def column(x: Any, number: Any) -> Any:

@@ -47,6 +47,17 @@ class MarkovBlock(NamedTuple):
     mixed: Float[Array, "B G r"]
 
 
+class Share(NamedTuple):
+    """A device's part of a vocabulary that several devices share evenly."""
+
+    first: Int[Array, ""]
+    """The number of its first entry."""
+    whole: int
+    """Entries of all devices."""
+    gather: Callable[[Array], Array]
+    """Puts what every device has one behind the other, in front."""
+
+
 def log_probability(draw: MarkovDraw) -> Float[Array, "B"]:
     """Of the entry drawn."""
     return draw.logit - draw.best - jnp.log1p(draw.others)
@@ -78,6 +89,19 @@ def joined(parts: MarkovDraw, first: Int[Array, "P"]) -> MarkovDraw:
 
     entry = own(parts.entry + first[:, None])
     return MarkovDraw(entry, own(parts.score), own(parts.logit), best, others)
+
+
+def agreed(draw: MarkovDraw, share: Share | None) -> MarkovDraw:
+    """The draw from the whole vocabulary, the same on every device that shares it.
+
+    Entries travel as float32 beside the other numbers, exact up to 2^24.
+    """
+    if share is None:
+        return draw
+    parts = share.gather(jnp.stack([x.astype(jnp.float32) for x in draw]))
+    entry, *others = jnp.moveaxis(parts, 1, 0)
+    first = share.whole // len(parts) * jnp.arange(len(parts), dtype=jnp.int32)
+    return joined(MarkovDraw(entry.astype(jnp.int32), *others), first)
 
 
 def markov_step(
@@ -173,9 +197,14 @@ def run_block(
     head: tuple[Array, Array, Array | None, Array | None],
     target_id: Array,
     head_type: str,
+    share: Share | None = None,
 ) -> MarkovBlock:
-    """The scan over slots around any implementation of `markov_step`."""
+    """The scan over slots around any implementation of `markov_step`.
+
+    With a `share` the base logits and the last factor have its columns alone.
+    """
     (w1, w2, *mixing), (_, G, Vd) = head, base.shape
+    first, Vd = (0, Vd) if share is None else share[:2]
     # XLA lays the product that gives `base` out like this, and nothing is copied.
     by_slot, hidden = jnp.moveaxis(base, 1, 0), jnp.moveaxis(hidden, 1, 0)
 
@@ -183,7 +212,8 @@ def run_block(
         (state, prev), (slot, hidden) = carry, this
         embedding = w1[prev]
         state, mixed = mix(head_type, state, embedding, hidden, *mixing)
-        draw = step(by_slot, mixed, w2, words, temperature, slot, slot * Vd)
+        draw = step(by_slot, mixed, w2, words, temperature, slot, slot * Vd + first)
+        draw = agreed(draw, share)
         token = target_id[draw.entry].astype(prev.dtype)
         known = log_probability(draw), log_sum(draw), likeliest_odds(draw)
         return (state, token), (token, *known, embedding, mixed)

@@ -79,7 +79,7 @@ def exchanges(plan: Plan, drafting: bool) -> Counter[tuple[str, int]]:
     needed["all-gather", plan.tensor] += 1  # logits
     if drafting:
         needed["sum", plan.tensor] += 2 * draft.num_hidden_layers + 1
-        # The fused states, the logits, and the Markov head's bias at every position.
+        # The fused states, what is drawn at every position, and the row a refused draft is from.
         needed["all-gather", plan.tensor] += 2 + draft.draft_length
         needed["sum", plan.data] += 1  # whether any sequence samples
     return needed
@@ -101,6 +101,5 @@ def test_the_experts_of_a_device_are_read_once(full: Plan, step: str):
     cost, floors = cost_of(full, step), getattr(full, step).floors
     routed = [n for n, name in cost.arguments.items() if ".experts." in name]
     needed = sum(floors[n] for n in routed)
-    # All are read, some of which a small batch is expected not to choose. What a kernel states is
-    # shared out over its operands; of the drafted step 1.2 % fall to others.
-    assert 0.98 * needed <= sum(map(cost.read, routed)) < 1.2 * needed
+    # All are read, some of which a small batch is expected not to choose.
+    assert needed <= sum(map(cost.read, routed)) < 1.2 * needed

@@ -245,6 +245,8 @@ def test_a_draft_is_calibrated_on_prompts_and_served_so(tmp_path: Path):
         (("--speculative-config", '{"method": "eagle3"}'), "'eagle3' is not served"),
         (("--speculative-config", '{"tokens": 3}'), "has tokens, which means nothing here"),
         (("--speculative-config", '{"num_speculative_tokens": 99}'), "more than the 8"),
+        (("--speculative-config", '{"dspark_draft_topk": 0}'), "dspark_draft_topk 0 is no number"),
+        (("--speculative-config", '{"dspark_draft_topk": 9999}'), "9999 must be from 1 to the"),
         (("--max-model-len", "100000"), "more than the 4096 positions"),
         (("--num-gpu-blocks-override", "3"), "do not hold one sequence"),
         (("--max-num-seqs", "0"), "must be 1 or more"),

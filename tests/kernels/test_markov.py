@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import DraftConfig
-from dspark_jax.draft_decoder import likeliest
+from dspark_jax.drafting import likeliest
 from dspark_jax.heads import MarkovHead
 from dspark_jax.pallas_kernels.markov import reference, tpu
 from dspark_jax.sampling import choose, sampling_noise

@@ -20,8 +20,10 @@ from jaxtyping import Array
 from dspark_jax import acceptance, loop
 from dspark_jax.config import DraftConfig, GlmConfig
 from dspark_jax.draft import dspark_draft, init_draft_params
+from dspark_jax.draft_decoder import turned_factor
 from dspark_jax.drafter import Drafter
 from dspark_jax.loop import Request, Weights, decode_step, init_state, prefill
+from dspark_jax.spread import ALONE
 from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.types import Draft, Frozen, Rows, Target, TargetStates, Verdict
 
@@ -293,8 +295,31 @@ def test_at_temperature_zero_tokens_are_the_targets_argmax(head: str, kind: str)
         assert np.all(drawn == expected[2:])
 
 
+@pytest.mark.parametrize("reduced", [False, True], ids=["whole_vocabulary", "part_of_it"])
+@pytest.mark.parametrize("head", HEADS[:3])
+def test_tokens_drafted_among_candidates_are_judged_by_what_they_were_drawn_from(
+    head: str, reduced: bool
+):
+    config, values = draft_config(head, reduced, reduced), {}
+    compiled = player(table_target(), dspark_draft(config, candidates=2))
+
+    def play(weights: Weights, *rest: Any) -> Any:
+        factor = turned_factor(weights.draft.markov_head, ALONE)
+        return compiled(
+            weights._replace(draft=weights.draft._replace(candidate_factor=factor)), *rest
+        )
+
+    for kind, length in itertools.product(DRAFTS, ("1", "all", "by_prefix")):
+        table = cached_weights(config, kind).target
+        drawn = first_tokens(*emit(config, kind, length, 1.0, play))
+        values[kind, length] = p_value(drawn, exact(table))
+        greedy = first_tokens(*emit(config, kind, length, 0.0, play))
+        assert np.array_equal(greedy, first_tokens(*emit(config, kind, "0", 0.0)))
+    assert {case: p for case, p in values.items() if p < FALSE_ALARM} == {}
+
+
 def always_accept(
-    proposal: Any, target_logits: Array, target_id: Any, n: Array, temperature: Any, keys: Array
+    proposal: Any, target_logits: Array, target_id: Any, n: Array, _: Any, keys: Array, mesh: Any
 ) -> Verdict:
     """A wrong rule: every admitted draft is kept."""
     last = jnp.take_along_axis(target_logits, n[:, None, None], axis=1)[:, 0]
@@ -303,8 +328,8 @@ def always_accept(
 
 def emit_from_target(*given: Any) -> Any:
     """A wrong rule: a refused draft is replaced by a draw from p, not from the residual."""
-    *before, refused, scale, keys = given
-    return acceptance_emit(*before, jnp.zeros_like(refused), scale, keys)  # pyright: ignore[reportCallIssue]
+    *before, refused, temperature, keys = given
+    return acceptance_emit(*before, jnp.zeros_like(refused), temperature, keys)  # pyright: ignore[reportCallIssue]
 
 
 acceptance_emit = acceptance._emit

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from dspark_jax import ops
 from dspark_jax.config import DraftConfig, TargetConfig
 from dspark_jax.draft import dspark_draft, init_draft_params
 from dspark_jax.generation import Generation, generate
 from dspark_jax.loop import Request, Weights, decode_step, init_state, prefill, prepare_weights
+from dspark_jax.ops import Backend
 from dspark_jax.sharding import target_mesh, tree_shardings
 from dspark_jax.targets.families import make_target
 from dspark_jax.targets.mesh import family
@@ -57,6 +59,7 @@ class Case(NamedTuple):
     batch: int
     head: Any
     from_anchor: bool
+    candidates: int | None = None
 
     @property
     def draft(self) -> DraftConfig:
@@ -79,7 +82,7 @@ class Pair(NamedTuple):
 def pair(case: Case, mesh: Mesh | None, fp8: bool = False) -> Pair:
     """Both models of a case, with weights far from their start."""
     config = TARGETS[case.target]
-    target, draft = make_target(config, mesh), dspark_draft(case.draft, mesh)
+    target, draft = make_target(config, mesh), dspark_draft(case.draft, mesh, case.candidates)
     params = jax.tree.map(jnp.asarray, params_of(config, fp8))
     draft_params = jax.tree.map(lambda x: 3 * x, init_draft_params(case.draft, 5))
     frozen = target.frozen(params, jnp.asarray(TARGET_ID))
@@ -91,15 +94,18 @@ def pair(case: Case, mesh: Mesh | None, fp8: bool = False) -> Pair:
     return Pair(target, draft, prepared)
 
 
-def request(batch: int) -> Request:
-    """Greedy answers of several lengths, some with fewer drafts checked than are made."""
+def request(batch: int, temperature: float = 0.0) -> Request:
+    """Answers of several lengths, some with fewer drafts checked than are made."""
     number = jnp.arange(batch)
-    return Request(8 - number % 7, jnp.zeros(batch), LIMIT - number % 3)
+    return Request(8 - number % 7, jnp.full(batch, temperature), LIMIT - number % 3)
 
 
 @cache
-def answers(case: Case, shape: tuple[int, int] | None) -> Generation:
+def answers(
+    case: Case, shape: tuple[int, int] | None, temperature: float = 0.0, kernels: bool = False
+) -> Generation:
     """What is generated after prompts of one to six tokens."""
+    del kernels  # who asks for them settles what is traced; here they only tell answers apart
     mesh = None if shape is None else target_mesh(jax.devices(), shape[1])
     target, draft, weights = pair(case, mesh)
     batch = case.batch
@@ -113,7 +119,7 @@ def answers(case: Case, shape: tuple[int, int] | None) -> Generation:
         state = prefill(target, draft, weights, state, rows, rows.tokens[:, -1])
         return generate(target, draft, weights, state, request, LIMIT, jnp.array([-1]))[1]
 
-    return jax.tree.map(np.asarray, jax.jit(answer)(weights, rows, request(batch)))
+    return jax.tree.map(np.asarray, jax.jit(answer)(weights, rows, request(batch, temperature)))
 
 
 def slow(*case: Any) -> Any:
@@ -130,6 +136,8 @@ CASES = [
     slow((4, 2), Case("qwen3", 8, "rnn", True)),
     slow((2, 4), Case("qwen3", 3, "rnn", False)),
     slow((8, 1), Case("glm", 8, "rnn", True)),
+    slow((2, 4), Case("qwen3", 8, "gated", True, 3)),
+    slow((4, 2), Case("glm", 3, "rnn", False, 3)),
 ]
 
 
@@ -140,6 +148,29 @@ def test_many_devices_give_the_answers_of_one(shape: tuple[int, int], case: Case
     for name in set(Generation._fields) - {"confidence"}:
         assert np.array_equal(getattr(many, name), getattr(one, name)), name
     np.testing.assert_allclose(many.confidence, one.confidence, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "case", "temperature"),
+    [
+        ((2, 4), Case("qwen3", 8, "gated", True), 1.0),
+        slow((4, 2), Case("glm", 8, "rnn", False), 1.0),
+        slow((2, 4), Case("qwen3", 3, "vanilla", True), 0.0),
+        slow((8, 1), Case("qwen3", 8, "vanilla", False), 1.0),
+    ],
+)
+def test_devices_whose_kernels_share_a_vocabulary_draw_as_one(
+    shape: tuple[int, int], case: Case, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = answers(case, None, temperature)
+    monkeypatch.setattr(ops, "backend_of", lambda *_: Backend("tpu", {"interpret": True}))
+    with ops.using("auto"):
+        many, ran = answers(case, shape, temperature, kernels=True), ops.picked()
+    for op in ("markov.markov_step", "acceptance.row_statistics", "acceptance.residual_draw"):
+        assert ran[op] == "tpu kernel"
+    assert np.array_equal(many.tokens, one.tokens)
+    assert np.array_equal(many.accepted, one.accepted)
+    assert one.accepted.sum() > case.batch, "little was accepted, so little was compared"
 
 
 def test_the_example_is_worth_checking() -> None:
@@ -169,8 +200,6 @@ def test_no_collective_of_a_decode_step_carries_weights(shape: tuple[int, int], 
         ("all-gather", f"f32[{own},{DRAFT.draft_vocab_size}]"),
         ("all-gather", f"f32[{own},{rows},{size}]"),
         ("all-gather", f"f32[{own},{rows},{V}]"),
-        # Whether any sequence of any group is drawn rather than greedy.
-        ("all-reduce", "pred[], pred[]"),
     }
     if case.target == "glm":  # the experts of all devices see the rows of all groups
         listed |= {

@@ -12,16 +12,10 @@ from flax import nnx
 
 from dspark_jax.chunked import Trained, corrected_logits
 from dspark_jax.config import DraftConfig, MarkovHeadType
-from dspark_jax.draft_decoder import (
-    draft_block,
-    extend_context,
-    init_draft_cache,
-    likeliest,
-    prepare,
-    run_block,
-)
+from dspark_jax.draft_decoder import extend_context, init_draft_cache, prepare, run_block
 from dspark_jax.draft_weights import params_from_tensors, tensors_from_params
 from dspark_jax.drafter import Drafter, base_logits, score_blocks
+from dspark_jax.drafting import draft_block, likeliest
 from dspark_jax.sampling import gumbel, sampling_noise
 from dspark_jax.types import Batch, Blocks, BlockScores, DraftCache, Frozen, Proposal
 

@@ -95,6 +95,24 @@ def test_a_tpu_kernel_costs_what_it_states_less_what_is_inside():
     assert cost.operations[0].name == "double/pallas_call"
 
 
+def test_a_stack_within_the_core_is_charged_as_little_of_as_the_largest():
+    """A kernel that reads one of 18 layers, whose scales the compiler has brought inside."""
+    layer, scales = 256 * 512, 8 * 128 * 4
+    kernel = (
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/layer/pallas_call"}, '
+        'backend_config={"custom_call_config":{"body":"QQ(==","cost_estimate":'
+        f'{{"flops":"7","transcendentals":"0","bytes_accessed":"{layer + scales + 4096}"}}}}}}'
+    )
+    text = entry(
+        "%w = f8e4m3fn[18,256,512]{2,1,0:T(8,128)(4,1)} parameter(0)",
+        "%s = f32[18,2,4]{2,1,0:T(8,128)S(1)} parameter(1)",
+        f"ROOT %k = f32[8,128]{{1,0:T(8,128)S(1)}} custom-call(%w, %s), {kernel}",
+    )
+    cost = account(text)
+    assert cost.read(0) == layer and cost.read(1) == 0
+    assert cost.bytes == layer
+
+
 def test_a_gpu_kernel_costs_what_its_trace_states():
     text = entry(
         "%a = f32[8,128]{1,0} parameter(0)",

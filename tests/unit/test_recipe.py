@@ -35,15 +35,15 @@ def test_a_recipe_and_its_logits_give_the_same_verdicts(reduced: bool):
     drawn = jnp.asarray(rng.integers(0, Vd, (B, G)))
     entry = jnp.where(DRAFTED_AT[:, None] == 0, jnp.argmax(logits, -1), drawn)
     scale = jnp.where(TEMPERATURE == 0, 1.0, TEMPERATURE)[:, None, None]
-    log_q = jax.nn.log_softmax(logits / scale)
+    log_q, lse = jax.nn.log_softmax(logits / scale), jax.nn.logsumexp(logits / scale, axis=-1)
     log_q = jnp.take_along_axis(log_q, entry[..., None], axis=-1)[..., 0]
     kept = Proposal(target_id[entry], logits, jnp.zeros((B, G)))
-    recipe = kept._replace(logits=Recipe(base, mixed, w2, log_q, jnp.zeros(B, bool)))
-    target_logits = draw(B, G + 1, V)
+    recipe = kept._replace(logits=Recipe(base, mixed, w2, log_q, lse))
+    target_logits = 0.5 * draw(B, G + 1, V)
 
     @jax.jit
     def verdict(proposal: Proposal, key: jax.Array):
-        proposal = drawn_proposal(proposal, control(), target_id)
+        proposal = drawn_proposal(proposal, control())
         keys, lengths = jax.random.split(key, B), jnp.array([3, 2, 3, 3])
         return accept(proposal, target_logits, target_id, lengths, TEMPERATURE, keys)
 

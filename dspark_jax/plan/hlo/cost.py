@@ -231,18 +231,29 @@ def _fusion(module: Module, one: Instruction, types: list[Type], result: Type) -
 def _kernel(one: Instruction, types: list[Type], result: Type, stated: int) -> Movement:
     """What a kernel states, less what lies in the core's own memory already.
 
-    The rest is spread over its operands by their size, its results being written whole.
+    The rest is spread over its operands by their size, its results being written whole. Of a stack
+    as high as the largest operand a kernel reads as small a part as of that: within the core it has
+    its share of what is stated, where another operand has all its bytes.
     """
-    everything = [*types, result]
-    inner = sum(s.bytes for kind in everything for s in leaves(kind)) - sum(
-        main_bytes(kind) for kind in everything
-    )
-    rest = max(0, stated - inner)
-    written = min(rest, main_bytes(result))
     sizes = [main_bytes(kind) for kind in types]
-    share = (rest - written) / max(1, sum(sizes))
+    largest = max(zip(sizes, types, strict=True), key=lambda pair: pair[0], default=(0, ()))[1]
+    inside = [(kind, sum(s.bytes for s in leaves(kind)) - main_bytes(kind)) for kind in types]
+    stacked = sum(size for kind, size in inside if _stacked_alike(kind, largest))
+    whole = sum(size for _, size in inside) - stacked
+    whole += sum(s.bytes for s in leaves(result)) - main_bytes(result)
+    rest = max(0, stated - whole)
+    written = min(rest, main_bytes(result))
+    share = (rest - written) / max(1, sum(sizes) + stacked)
     reads = [(name, round(size * share)) for name, size in zip(one.operands, sizes, strict=True)]
-    return Movement(tuple(reads), rest - sum(size for _, size in reads))
+    read = sum(size for _, size in reads)
+    return Movement(tuple(reads), rest - read - round(stacked * share))
+
+
+def _stacked_alike(kind: Type, other: Type) -> bool:
+    """Whether two arrays hold something for each of as many layers."""
+    if not isinstance(kind, Shape) or not isinstance(other, Shape):
+        return False
+    return min(len(kind.dims), len(other.dims)) > 2 and kind.dims[0] == other.dims[0]
 
 
 def exchanges(
