@@ -35,8 +35,13 @@ class Spread:
         return jax.lax.psum(x, TENSOR) if self.tensor > 1 else x
 
     def columns(self, x: Float[Array, "*rows n"]) -> Float[Array, "*rows N"]:
-        """The columns of all devices of a group, side by side."""
-        return jax.lax.all_gather(x, TENSOR, axis=x.ndim - 1, tiled=True) if self.tensor > 1 else x
+        """The columns of all devices of a group, side by side.
+
+        Gathered so at once, a TPU would lay each column out for itself and pad every row of it.
+        """
+        if self.tensor == 1:
+            return x
+        return jnp.moveaxis(self.stacked(x), 0, -2).reshape(*x.shape[:-1], -1)
 
     def stacked(self, x: Shaped[Array, "*rest"]) -> Shaped[Array, "devices *rest"]:
         """What all devices of a group have, one behind the other."""

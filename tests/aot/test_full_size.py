@@ -25,7 +25,7 @@ TINY = PlanSettings("dspark_jax/assets/tiny-glm", "v5p:2x2x1", batch=8, context=
 FULL = PlanSettings("glm-5.2", "tpu7x:4x4x4", batch=64, context=16384)
 
 
-LIMITS = {"plain": 1.4, "speculative": 1.9}
+LIMITS = {"plain": 1.3, "speculative": 1.6}
 """Of bytes moved, in times the floor: what was measured, rounded up."""
 INSTRUCTIONS = {"plain": 20_000, "speculative": 30_000}
 """Likewise; layers that were not scanned would take ten times as many."""
@@ -53,7 +53,7 @@ def test_it_fits(plan: Plan):
     assert memory.fits and memory.temporaries is not None
     if plan.settings is FULL:
         # Rotary keys and draft heads lie 128 wide, as kernels read them.
-        assert memory.held < 18.2e9 and memory.temporaries < 1.0e9
+        assert memory.held < 18.2e9 and memory.temporaries < 0.5e9
 
 
 def test_no_exchange_carries_weights(plan: Plan, step: str):

@@ -203,19 +203,20 @@ def test_a_prompt_is_answered_in_the_terminal():
 
 
 @pytest.mark.slow
-def test_algorithm_1_changes_no_greedy_answer_and_rounds_are_timed_once(tmp_path: Path):
-    """Rounds are timed for each schedule on its own: their programs differ."""
+def test_ways_to_draft_and_verify_change_no_greedy_answer_and_are_timed_once(tmp_path: Path):
+    """Rounds are timed for each way on its own: their programs differ."""
     answers, notes = [], []
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
-    for schedule in ("asynchronous", "algorithm-1", "algorithm-1"):
-        chosen = json.dumps({"verification_schedule": schedule})
+    stopping = {"verification_schedule": "algorithm-1"}
+    for way in ({}, stopping, stopping, {"dspark_draft_topk": 16}):
+        chosen = json.dumps(way)
         given = command("--prompt", ASKED, "--max-model-len", "256", "--speculative-config", chosen)
         done = subprocess.run(given, capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 0, done.stderr
         answers.append(done.stdout)
         notes.append(next(x for x in done.stderr.splitlines() if x.startswith("costs of rounds")))
     assert len(set(answers)) == 1 and answers[0].strip()
-    assert ["those kept" in note for note in notes] == [False, False, True]
+    assert ["those kept" in note for note in notes] == [False, False, True, False]
 
 
 @pytest.mark.slow

@@ -190,16 +190,16 @@ def test_no_collective_of_a_decode_step_carries_weights(shape: tuple[int, int], 
     step = jax.jit(partial(decode_step, target, draft), donate_argnums=1)
     text = step.lower(weights, state, request(case.batch)).compile().as_text() or ""
     drafts, size, own = draft.draft_length, case.draft.hidden_size, case.batch // shape[0]
-    slots, rows = case.draft.block_size, drafts + 1
+    slots, rows, group = case.draft.block_size, drafts + 1, shape[1]
     listed = {
         # Sums of a group's columns: of the draft's block, of the verified rows.
         ("all-reduce", f"f32[{own},{slots},{size}]"),
         ("all-reduce", f"f32[{own},{rows},{size}]"),
-        # Columns side by side: base logits, Markov bias, fused context, the target's logits.
-        ("all-gather", f"f32[{own},{drafts},{DRAFT.draft_vocab_size}]"),
-        ("all-gather", f"f32[{own},{DRAFT.draft_vocab_size}]"),
-        ("all-gather", f"f32[{own},{rows},{size}]"),
-        ("all-gather", f"f32[{own},{rows},{V}]"),
+        # Everyone's columns: base logits, Markov bias, fused context, the target's logits.
+        ("all-gather", f"f32[{group},{own},{drafts},{DRAFT.draft_vocab_size // group}]"),
+        ("all-gather", f"f32[{group},{own},{DRAFT.draft_vocab_size // group}]"),
+        ("all-gather", f"f32[{group},{own},{rows},{size // group}]"),
+        ("all-gather", f"f32[{group},{own},{rows},{V // group}]"),
     }
     if case.target == "glm":  # the experts of all devices see the rows of all groups
         listed |= {
