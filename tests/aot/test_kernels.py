@@ -27,16 +27,19 @@ def block(
     )
 
 
-def mla(H: int, size: int, sparse: bool, S: int = 8, context: int = CONTEXT) -> Kernel:
+def mla(
+    H: int, size: int, sparse: bool, S: int = 8, context: int = CONTEXT, batch: int = BATCH
+) -> Kernel:
     """GLM-5.2's latent attention: 512 numbers of a latent, 64 rotated in rows of 128."""
-    B, r, p = BATCH, 512, 64
+    B, r, p = batch, 512, 64
+    held = BATCH * context // size
     table = shape(B, context // size, dtype="int32")
     selected = (shape(B, S, context, dtype="bool"),) if sparse else ()
     return Kernel(
         partial(mla_attention.mla_attention, scale=256**-0.5),
         (
             *(shape(B, S, H, r), shape(B, S, H, p)),
-            *(shape(B * context // size, size, r), shape(B * context // size, size, 128)),
+            *(shape(held, size, r), shape(held, size, 128)),
             *(table, shape(B, S, dtype="int32"), *selected),
         ),
     )
@@ -84,6 +87,8 @@ def odd_append(R: int, Hk: int, d: int, size: int, dtype: str) -> Kernel:
 QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
 GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
 """Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
+PROMPT = {"S": 512, "batch": 2}
+"""The largest chunk that a prompt is read in, of two of the 64 sequences whose contexts are held."""
 KERNELS = {
     "block_attention, Qwen3-8B, pages": block(**QWEN3, size=16),
     "block_attention, Qwen3-8B, contiguous": block(**QWEN3, size=CONTEXT),
@@ -97,6 +102,10 @@ KERNELS = {
     "mla_attention of 8 devices, pages": mla(8, 16, sparse=False),
     "mla_attention of 8 devices, sparse": mla(8, CONTEXT, sparse=True),
     "mla_attention of 8 devices, 131072 rows": mla(8, 131072, sparse=True, context=131072),
+    "mla_attention, prompt": mla(64, 16, sparse=False, **PROMPT),
+    "mla_attention, sparse prompt": mla(64, 16, sparse=True, **PROMPT),
+    "mla_attention of 8 devices, prompt": mla(8, CONTEXT, sparse=False, **PROMPT),
+    "mla_attention of 8 devices, sparse prompt": mla(8, 16, sparse=True, **PROMPT),
     "context_append, Qwen3-8B, pages": append(4096, 8, 128, 16, batch=8),
     "context_append, Qwen3-8B, contiguous": append(4096, 8, 128, CONTEXT, batch=8),
     "context_append, GLM-5.2, pages": append(6144, 32, 96, 16, batch=2),
