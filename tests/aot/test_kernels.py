@@ -7,6 +7,7 @@ import pytest
 from dspark_jax.pallas_kernels.block_attention import tpu as block_attention
 from dspark_jax.pallas_kernels.context_append import tpu as context_append
 from dspark_jax.pallas_kernels.mla_attention import tpu as mla_attention
+from tests.aot import schedule
 from tests.aot.compile import MARKS, TOPOLOGIES, Kernel, compile_kernel, shape, vmem_bytes
 
 pytestmark = MARKS
@@ -88,7 +89,7 @@ QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
 GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
 """Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
 PROMPT = {"S": 512, "batch": 2}
-"""The largest chunk that a prompt is read in, of two of the 64 sequences whose contexts are held."""
+"""The largest chunk that a prompt is read in, of two of the 64 sequences."""
 KERNELS = {
     "block_attention, Qwen3-8B, pages": block(**QWEN3, size=16),
     "block_attention, Qwen3-8B, contiguous": block(**QWEN3, size=CONTEXT),
@@ -132,8 +133,31 @@ def test_a_kernel_compiles_fits_and_copies_no_cache(name: str, topology: str):
     held, memory = vmem_bytes(compiled), compiled.memory_analysis()
     copied = memory.temp_size_in_bytes
     print(f"{topology} {name}: {held / 2**20:.2f} MiB of vector memory, {copied} bytes copied")
-    assert 0 < held <= 16 << 20
+    # Where there is room, the compiler of tpu7x keeps 16 MiB of selected rows beside the tiles.
+    assert 0 < held <= (32 if topology.startswith("tpu7x") else 16) << 20
     assert copied < memory.argument_size_in_bytes / 20
+
+
+ATTENTION = [
+    "block_attention, Qwen3-8B, pages",
+    "block_attention, GLM-5.2, pages",
+    "mla_attention, pages",
+    "mla_attention of 8 devices, sparse",
+    "mla_attention, sparse prompt",
+    "mla_attention of 8 devices, prompt",
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_what_spills_in_a_main_loop_of_attention_does_not_bound_it(topology: str):
+    for name, loop in schedule.main_loops(__name__, ATTENTION, topology).items():
+        full = {unit: loop.full(unit) for unit in ("MXU", "VALU", "VLOAD", "VSTORE")}
+        shares = ", ".join(f"{unit} {share:.0%}" for unit, share in full.items())
+        print(f"{topology} {name}: {loop.bundles} bundles, {loop.spilled} spilled; {shares}")
+        assert loop.products > 0
+        assert max(full["VLOAD"], full["VSTORE"]) < 0.5
+        if name.startswith("block"):
+            assert loop.spilled == 0
 
 
 @pytest.mark.parametrize("name", ODD)

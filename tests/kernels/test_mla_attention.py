@@ -178,7 +178,7 @@ def test_programs_share_the_queries_out(S: int, H: int):
 def test_a_program_walks_over_no_more_than_its_own_rows_see(
     sparse: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """Rows behind those of the first program are no numbers, which a weight of zero would not hide."""
+    """Rows that only the second program sees are no numbers: a weight of zero hides none."""
     case = Case(((0, 1, 62, 63),), dtype="float32", chosen=0.9 if sparse else None)
     monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
     monkeypatch.setattr(tpu, "QUERY_ROWS", 16)
