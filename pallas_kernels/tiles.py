@@ -1,11 +1,12 @@
 """Walking over paged contexts on a TPU: only what is seen is copied, while the last is computed.
 
 A context is an array [N heads size width] of pages that sequences own in any order. A tile is
-several whole pages or a part of one. One program per sequence walks over the tiles it sees; the
-next tile is always on its way, across the border between sequences too, because a short context
-would otherwise be all latency.
+several whole pages or a part of one. One program per sequence, or per part of its queries, walks
+over the tiles it sees; the next tile is always on its way, across the border between programs too,
+because a short context would otherwise be all latency.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ TABLE_BYTES = 512 << 10
 
 PAGES_AT_ONCE = 4
 """Copies that one turn of the loop sets off: a turn costs as much as a page."""
+CLEARED = 64
+"""Rows of a tile that are cleared at once: of more the registers run out."""
 PARAMETERS = pltpu.CompilerParams(
     # A program prefetches for the one after it.
     dimension_semantics=("arbitrary",),
@@ -70,7 +73,7 @@ class Place(NamedTuple):
 class Streams(NamedTuple):
     """What is copied: `paged` and `whole` pair an array with its two tiles.
 
-    `whole` arrays [B tiles …] are cut into tiles already. `turn` holds which of two is next.
+    `whole` arrays [programs tiles …] are cut into tiles already. `turn` holds which of two is next.
     """
 
     layout: Layout
@@ -79,6 +82,7 @@ class Streams(NamedTuple):
     whole: tuple[tuple[Any, Any], ...]
     turn: Any
     arrived: Any
+    sharing: int = 1  # programs in a row that walk over the same sequence
 
 
 def sublanes(dtype: Any) -> int:
@@ -137,10 +141,11 @@ def walk(
     visit: Callable[[Any, Place, Any, Any], None],
     order: Callable[[Any, Any], Any] = lambda b, number: number,
 ) -> None:
-    """`visit(side, place, begin, end)` every tile that this program's sequence sees.
+    """`visit(side, place, begin, end)` every tile that this program sees.
 
     `side` of every pair of tiles holds it, and of its rows [begin, end) are seen for the first
-    time; what lies in the others may be no number. `order(b, number)` is which tile is visited.
+    time; what lies in the others may be no number. `order(b, number)` is which tile is visited,
+    and `b` the number of a program.
     """
     b, batch = pl.program_id(0), pl.num_programs(0)
     own, layout = sight(b), streams.layout
@@ -191,7 +196,7 @@ def _copies(
 
     def pages(begin: Any, many: int) -> None:
         for number in (begin + i for i in range(many)):
-            page = streams.pages[b * layout.pages + number]
+            page = streams.pages[b // streams.sharing * layout.pages + number]
             for source, held in streams.paged:
                 if layout.parts:
                     rows = pl.ds(pl.multiple_of(place.start, sublanes(held.dtype)), layout.tile)
@@ -256,13 +261,17 @@ def clear(held: Any, begin: Any, end: Any) -> None:
 
     What lies there may be no number, and a weight of zero does not hide that.
     """
+    step = math.gcd(held.shape[1], CLEARED)
+    parts = held.shape[1] // step
 
     @pl.when((begin > 0) | (end < held.shape[1]))
     def _() -> None:
-        def head(h: Any) -> None:
-            value = held[h].astype(jnp.float32)
-            row = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+        def part(number: Any) -> None:
+            h, row = number // parts, number % parts * step
+            rows = pl.ds(pl.multiple_of(row, step), step)
+            value = held[h, rows].astype(jnp.float32)
+            row = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) + row
             seen = (row >= begin) & (row < end)
-            held[h] = jnp.where(seen, value, 0.0).astype(held.dtype)
+            held[h, rows] = jnp.where(seen, value, 0.0).astype(held.dtype)
 
-        _repeat(0, held.shape[0], head)
+        _repeat(0, held.shape[0] * parts, part)

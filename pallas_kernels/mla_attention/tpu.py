@@ -15,6 +15,9 @@ from dspark_jax.pallas_kernels.tiles import Layout, Place, Sight, Streams
 PRODUCT_ROWS = 256
 """Query rows (slots times heads) of a product: a tile is put into the matrix unit for each of them
 again, and of more rows than that the scores go through memory more often."""
+QUERY_ROWS = 1024
+"""Query rows of a program, which lie in the vector memory: more are several programs, each of which
+reads what its own rows see."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -31,28 +34,31 @@ def mla_attention(
     interpret: Any = False,
 ) -> Float[Array, "B S H r"]:
     """What every head's query takes from the cached latents; see the reference."""
-    (B, S, H, r), (_, size, wide), dtype = latent.shape, context_rope.shape, latent.dtype
+    (B, asking, H, r), (_, size, wide), dtype = latent.shape, context_rope.shape, latent.dtype
+    S = slots_of(asking, H)
     heads, slots = grouping(S, H, dtype)
+    sharing = pl.cdiv(asking, S)
+    latent, rope = _parts(latent, S), _parts(rope, S)
     asked = _rows(latent, heads, r), _rows(rope, heads, wide)
     contexts = context_latent[:, None], context_rope[:, None]
     layout = tiles.lay_out(pages, contexts)
     capacity = layout.pages * size
-    position = jnp.where(position < capacity, position, -1)
+    position = _parts(jnp.where(position < capacity, position, -1), S, -1)
     length = jnp.max(position, axis=1) + 1
     own = [pl.BlockSpec((1, S * heads, n), lambda b, *_: (b, 0, 0)) for n in (r, wide)]
     held = [pltpu.VMEM((2, 1, layout.tile, n), dtype) for n in (r, wide)]
     scalars, arrays, chosen = [length, pages.reshape(-1)], [*contexts], []
     if selected is not None:
-        cut, order, count = chosen_tiles(layout, selected, position)
+        cut, order, count = chosen_tiles(layout, _parts(selected, S), position)
         scalars += [order.reshape(-1), count]
         arrays.append(cut)
         chosen.append(pltpu.VMEM((2, S, layout.tile), cut.dtype))
     out = pl.pallas_call(
-        functools.partial(_kernel, layout, heads, slots, scale, selected is not None),
+        functools.partial(_kernel, layout, heads, slots, sharing, scale, selected is not None),
         name="mla_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(B,),
+            grid=(B * sharing,),
             in_specs=[
                 *own,
                 pl.BlockSpec((1, S, 1), lambda b, *_: (b, 0, 0)),
@@ -69,18 +75,18 @@ def mla_attention(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((B, S * heads, r), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((B * sharing, S * heads, r), jnp.float32),
         compiler_params=tiles.PARAMETERS,
         cost_estimate=pl.CostEstimate(
-            flops=2 * B * S * H * capacity * (2 * r + rope.shape[-1]),
-            transcendentals=B * S * H * capacity,
-            bytes_accessed=B * capacity * (r + wide) * dtype.itemsize
-            + B * S * H * ((r + wide) * dtype.itemsize + 4 * r)
-            + (0 if selected is None else B * S * capacity),
+            flops=2 * B * asking * H * capacity * (2 * r + rope.shape[-1]),
+            transcendentals=B * asking * H * capacity,
+            bytes_accessed=B * sharing * capacity * (r + wide) * dtype.itemsize
+            + B * asking * H * ((r + wide) * dtype.itemsize + 4 * r)
+            + (0 if selected is None else B * asking * capacity),
         ),
         interpret=interpret,
     )(*scalars, *asked, position[:, :, None], *arrays)
-    return out.reshape(B, S, heads, r)[:, :, :H]
+    return out.reshape(B, sharing * S, heads, r)[:, :asking, :H]
 
 
 def unsupported(
@@ -102,10 +108,11 @@ def unsupported(
     (B, S, H, r), (_, size, wide) = latent.shape, context_rope.shape
     if r % 128 or wide % 32:
         return f"latents of {r} numbers and {wide} rotated are not multiples of 128 and 32"
-    if S * H > 1024 or r > 1024:
-        return f"{S} rows of {H} heads of {r} numbers are larger than the vector memory"
+    if H > QUERY_ROWS or r > 1024:
+        return f"{H} heads of {r} numbers are larger than the vector memory"
     contexts = (jax.ShapeDtypeStruct((1, 1, size, n), latent.dtype) for n in (r, wide))
-    lists = 0 if selected is None else B * tiles.lay_out(pages, tuple(contexts)).tiles
+    programs = B * pl.cdiv(S, slots_of(S, H))
+    lists = 0 if selected is None else programs * tiles.lay_out(pages, tuple(contexts)).tiles
     return tiles.refused(pages, size, latent.dtype, lists)
 
 
@@ -125,6 +132,25 @@ def chosen_tiles(
     return cut.astype(jnp.int8), order, jnp.sum(some, axis=1, dtype=jnp.int32)
 
 
+def slots_of(S: int, H: int) -> int:
+    """Slots of one program: all, or as many as fit and are whole products, shared out evenly."""
+    most = max(QUERY_ROWS // (H + -H % 8), 1)
+    if S <= most:
+        return S
+    step = min(max(PRODUCT_ROWS // (H + -H % 8), 1), most)
+    even = pl.cdiv(S, pl.cdiv(S, most // step * step))
+    return even + -even % step
+
+
+def _parts(x: Any, slots: int, fill: int = 0) -> Any:
+    """[B S …] as [B * programs, slots …], with `fill` behind the last."""
+    parts = pl.cdiv(x.shape[1], slots)
+    behind = [(0, 0)] * x.ndim
+    behind[1] = (0, parts * slots - x.shape[1])
+    padded = jnp.pad(x, behind, constant_values=fill)
+    return padded.reshape(-1, slots, *x.shape[2:])
+
+
 def grouping(S: int, H: int, dtype: Any) -> tuple[int, int]:
     """To how many heads a slot is padded, and how many slots are rows of one product."""
     for step in (8, tiles.sublanes(dtype)):
@@ -142,7 +168,15 @@ def _rows(x: Float[Array, "B S H n"], heads: int, wide: int) -> Float[Array, "B 
     return jnp.pad(x, ((0, 0), (0, 0), (0, heads - H), (0, wide - n))).reshape(B, S * heads, wide)
 
 
-def _kernel(layout: Layout, heads: int, slots: int, scale: float, sparse: bool, *refs: Any) -> None:
+def _kernel(
+    layout: Layout,
+    heads: int,
+    slots: int,
+    sharing: int,
+    scale: float,
+    sparse: bool,
+    *refs: Any,
+) -> None:
     length, pages, *rest = refs
     order = count = picked = None
     whole = ()
@@ -155,7 +189,8 @@ def _kernel(layout: Layout, heads: int, slots: int, scale: float, sparse: bool, 
     else:
         out, keys, turned, *rest = rest
     hidden, top, total, turn, arrived = rest
-    streams = Streams(layout, pages, ((latents, keys), (ropes, turned)), whole, turn, arrived)
+    paged = (latents, keys), (ropes, turned)
+    streams = Streams(layout, pages, paged, whole, turn, arrived, sharing)
     top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
     out[...] = jnp.zeros_like(out)

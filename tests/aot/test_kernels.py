@@ -7,6 +7,7 @@ import pytest
 from dspark_jax.pallas_kernels.block_attention import tpu as block_attention
 from dspark_jax.pallas_kernels.context_append import tpu as context_append
 from dspark_jax.pallas_kernels.mla_attention import tpu as mla_attention
+from tests.aot import schedule
 from tests.aot.compile import MARKS, TOPOLOGIES, Kernel, compile_kernel, shape, vmem_bytes
 
 pytestmark = MARKS
@@ -27,16 +28,19 @@ def block(
     )
 
 
-def mla(H: int, size: int, sparse: bool, S: int = 8, context: int = CONTEXT) -> Kernel:
+def mla(
+    H: int, size: int, sparse: bool, S: int = 8, context: int = CONTEXT, batch: int = BATCH
+) -> Kernel:
     """GLM-5.2's latent attention: 512 numbers of a latent, 64 rotated in rows of 128."""
-    B, r, p = BATCH, 512, 64
+    B, r, p = batch, 512, 64
+    held = BATCH * context // size
     table = shape(B, context // size, dtype="int32")
     selected = (shape(B, S, context, dtype="bool"),) if sparse else ()
     return Kernel(
         partial(mla_attention.mla_attention, scale=256**-0.5),
         (
             *(shape(B, S, H, r), shape(B, S, H, p)),
-            *(shape(B * context // size, size, r), shape(B * context // size, size, 128)),
+            *(shape(held, size, r), shape(held, size, 128)),
             *(table, shape(B, S, dtype="int32"), *selected),
         ),
     )
@@ -84,6 +88,8 @@ def odd_append(R: int, Hk: int, d: int, size: int, dtype: str) -> Kernel:
 QWEN3 = {"K": 7, "H": 32, "Hk": 8, "d": 128}
 GLM = {"K": 8, "H": 64, "Hk": 32, "d": 96, "batch": 8}
 """Its heads are 96 wide; cache rows are 128, or a call would turn the cache round."""
+PROMPT = {"S": 512, "batch": 2}
+"""The largest chunk that a prompt is read in, of two of the 64 sequences."""
 KERNELS = {
     "block_attention, Qwen3-8B, pages": block(**QWEN3, size=16),
     "block_attention, Qwen3-8B, contiguous": block(**QWEN3, size=CONTEXT),
@@ -97,6 +103,10 @@ KERNELS = {
     "mla_attention of 8 devices, pages": mla(8, 16, sparse=False),
     "mla_attention of 8 devices, sparse": mla(8, CONTEXT, sparse=True),
     "mla_attention of 8 devices, 131072 rows": mla(8, 131072, sparse=True, context=131072),
+    "mla_attention, prompt": mla(64, 16, sparse=False, **PROMPT),
+    "mla_attention, sparse prompt": mla(64, 16, sparse=True, **PROMPT),
+    "mla_attention of 8 devices, prompt": mla(8, CONTEXT, sparse=False, **PROMPT),
+    "mla_attention of 8 devices, sparse prompt": mla(8, 16, sparse=True, **PROMPT),
     "context_append, Qwen3-8B, pages": append(4096, 8, 128, 16, batch=8),
     "context_append, Qwen3-8B, contiguous": append(4096, 8, 128, CONTEXT, batch=8),
     "context_append, GLM-5.2, pages": append(6144, 32, 96, 16, batch=2),
@@ -123,8 +133,31 @@ def test_a_kernel_compiles_fits_and_copies_no_cache(name: str, topology: str):
     held, memory = vmem_bytes(compiled), compiled.memory_analysis()
     copied = memory.temp_size_in_bytes
     print(f"{topology} {name}: {held / 2**20:.2f} MiB of vector memory, {copied} bytes copied")
-    assert 0 < held <= 16 << 20
+    # Where there is room, the compiler of tpu7x keeps 16 MiB of selected rows beside the tiles.
+    assert 0 < held <= (32 if topology.startswith("tpu7x") else 16) << 20
     assert copied < memory.argument_size_in_bytes / 20
+
+
+ATTENTION = [
+    "block_attention, Qwen3-8B, pages",
+    "block_attention, GLM-5.2, pages",
+    "mla_attention, pages",
+    "mla_attention of 8 devices, sparse",
+    "mla_attention, sparse prompt",
+    "mla_attention of 8 devices, prompt",
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_what_spills_in_a_main_loop_of_attention_does_not_bound_it(topology: str):
+    for name, loop in schedule.main_loops(__name__, ATTENTION, topology).items():
+        full = {unit: loop.full(unit) for unit in ("MXU", "VALU", "VLOAD", "VSTORE")}
+        shares = ", ".join(f"{unit} {share:.0%}" for unit, share in full.items())
+        print(f"{topology} {name}: {loop.bundles} bundles, {loop.spilled} spilled; {shares}")
+        assert loop.products > 0
+        assert max(full["VLOAD"], full["VSTORE"]) < 0.5
+        if name.startswith("block"):
+            assert loop.spilled == 0
 
 
 @pytest.mark.parametrize("name", ODD)

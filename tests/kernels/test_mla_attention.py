@@ -141,6 +141,57 @@ def test_rows_beyond_the_last_position_may_be_anything(name: str, monkeypatch: p
     assert agrees(case, run((*given[:2], *broken, *given[4:])), wanted)
 
 
+PROMPTS = {
+    "dense": Case((tuple(range(7)), (40, 41, 42, 43, 44, 999, 999)), dtype="float32"),
+    "sparse": Case(
+        (tuple(range(57, 64)), (5, *(999,) * 6)), chosen=0.05, dtype="float32", size=32, pages=2
+    ),
+}
+"""Rows of 4 heads, padded to 8, of which a program holds 16: four programs, the last half empty."""
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_queries_of_several_programs_agree_with_the_reference(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    case = PROMPTS[name]
+    monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
+    monkeypatch.setattr(tpu, "QUERY_ROWS", 16)
+    given = arrays(case)
+    assert tpu.slots_of(7, case.H) == 2
+    found = run(given, jax.jit(tpu.mla_attention, static_argnames=("scale", "interpret")))
+    assert agrees(case, found, SPECIFIED(*given, scale=SCALE))
+    assert not race_found()
+
+
+@pytest.mark.parametrize("S, H", [(512, 64), (512, 8), (100, 64), (17, 40), (3, 1024), (9, 65)])
+def test_programs_share_the_queries_out(S: int, H: int):
+    slots = tpu.slots_of(S, H)
+    heads, together = tpu.grouping(slots, H, "bfloat16")
+    programs = -(-S // slots)
+    assert slots * H <= tpu.QUERY_ROWS
+    assert slots % together == 0 and together * heads <= max(tpu.PRODUCT_ROWS, heads)
+    assert (programs - 1) * slots < S, "a program has no query"
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_program_walks_over_no_more_than_its_own_rows_see(
+    sparse: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows that only the second program sees are no numbers: a weight of zero hides none."""
+    case = Case(((0, 1, 62, 63),), dtype="float32", chosen=0.9 if sparse else None)
+    monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
+    monkeypatch.setattr(tpu, "QUERY_ROWS", 16)
+    given = arrays(case)
+    wanted = SPECIFIED(*given, scale=SCALE)
+    late = np.asarray(given[4])[0, 2:]
+    broken = [x.at[late].set(jnp.nan) for x in given[2:4]]
+    spoilt = (*given[:2], *broken, *given[4:])
+    found = run(spoilt, jax.jit(tpu.mla_attention, static_argnames=("scale", "interpret")))
+    assert agrees(case, found[:, :2], wanted[:, :2])
+    assert bool(jnp.all(jnp.isnan(found[:, 2:])))
+
+
 def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch):
     case = CASES["odd lengths"]
     monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
@@ -168,7 +219,7 @@ def test_tiles_of_which_nothing_is_selected_are_not_visited():
         (Case(((3,),), p=24, wide=24), "24 rotated"),
         (Case(((3,),), size=24), "24 rows"),
         (Case(((3,),), dtype="float16"), "float16"),
-        (Case(((3,) * 20,), H=64), "20 rows of 64 heads"),
+        (Case(((3,),), H=1025), "1025 heads"),
     ],
 )
 def test_what_the_kernel_refuses_it_names(changed: Case, said: str):
