@@ -143,7 +143,6 @@ ATTENTION = [
     "block_attention, GLM-5.2, pages",
     "mla_attention, pages",
     "mla_attention of 8 devices, sparse",
-    "mla_attention, sparse prompt",
     "mla_attention of 8 devices, prompt",
 ]
 
