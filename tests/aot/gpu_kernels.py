@@ -1,6 +1,7 @@
 """Compiles every GPU kernel for one GPU that is not there, at full size, and says what it takes.
 
-    python tests/aot/gpu_kernels.py h200      # or b200, b300: one in each process
+    python tests/aot/gpu_kernels.py h200            # or b200, b300: one in each process
+    python tests/aot/gpu_kernels.py h200 context    # only kernels of whose names this is a part
 
 needs the CUDA compiler (pip install -e '.[cuda]'), no GPU. Prints one line for each kernel:
 registers of a thread, bytes spilled, shared and tensor memory, seconds to compile. Exit status 1 if
@@ -85,7 +86,9 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax
     import jax.numpy as jnp
 
+    from dspark_jax.pallas_kernels.acceptance import gpu as acceptance
     from dspark_jax.pallas_kernels.block_attention import gpu as block_attention
+    from dspark_jax.pallas_kernels.context_append import gpu as context_append
     from dspark_jax.pallas_kernels.fp8_experts import gpu as fp8_experts
     from dspark_jax.pallas_kernels.fp8_matmul import gpu as fp8_matmul
     from dspark_jax.pallas_kernels.markov import gpu as markov
@@ -132,6 +135,26 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             *(base, *factors, words, heat, integers(), integers()),
         )
 
+    def append(R: int, D: int, L: int, Hk: int, d: int, size: int) -> Any:
+        cache = (shape(64 * 16384 // size, Hk, size, d),) * L
+        function = partial(context_append.context_append, eps=1e-6, theta=1e6, arch=arch)
+        cells = (integers(R),) * 3
+        return function, (
+            *(shape(R, D), shape(D, 2 * L * Hk * d), shape(L, d), *cells, cache, cache),
+        )
+
+    numbers = partial(shape, dtype=jnp.float32)
+
+    def judging(B: int, V: int, dtype: Any) -> Any:
+        function = partial(acceptance.row_statistics, arch=arch)
+        return function, (shape(B, 8, V, dtype=dtype), integers(B, 8), numbers(B))
+
+    def redrawing(B: int, V: int, dtype: Any) -> Any:
+        refused, words = shape(B, dtype=jnp.bool_), shape(B, 2, dtype=jnp.uint32)
+        logits, heat = shape(B, V, dtype=dtype), numbers(B)
+        function = partial(acceptance.residual_draw, arch=arch)
+        return function, (logits, logits, heat, heat, refused, words, heat)
+
     return {
         "fp8_matmul 8 x 6144 x 2048": product("fp8_matmul", 8, 6144, 2048),
         "fp8_matmul 64 x 6144 x 576": product("fp8_matmul", 64, 6144, 576),
@@ -154,18 +177,38 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "markov Qwen3-8B": drawing(64, 151936),
         "markov GLM-5.2": drawing(64, 154880),
         "markov GLM-5.2 of 8 devices": drawing(8, 19360),
+        "context_append Qwen3-8B, pages": append(512, 4096, 5, 8, 128, 16),
+        "context_append Qwen3-8B, one request": append(8, 4096, 5, 8, 128, 16384),
+        "context_append GLM-5.2, pages": append(512, 6144, 5, 32, 96, 16),
+        "context_append GLM-5.2 of 8 devices": append(512, 6144, 5, 4, 96, 16),
+        "row_statistics Qwen3-8B": judging(64, 151936, jnp.float32),
+        "row_statistics GLM-5.2": judging(64, 154880, jnp.bfloat16),
+        "row_statistics GLM-5.2, one request": judging(1, 154880, jnp.float32),
+        "residual_draw Qwen3-8B": redrawing(64, 151936, jnp.float32),
+        "residual_draw GLM-5.2": redrawing(64, 154880, jnp.bfloat16),
+        "residual_draw GLM-5.2, one request": redrawing(1, 154880, jnp.float32),
     }
 
 
 def compile_kernel(function: Callable[..., Any], shapes: tuple[Any, ...], device: Any) -> None:
-    """The whole program; what a compiler refuses, it raises."""
+    """The whole program; what a compiler refuses, it raises.
+
+    Tuples of arrays are caches, which the program is given for good. ValueError if it copies one.
+    """
     import jax
     from jax.sharding import SingleDeviceSharding
 
     place = SingleDeviceSharding(device)
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    given = tuple(i for i, one in enumerate(shapes) if type(one) is tuple)
     with jax.default_device(device):
-        jax.jit(function).trace(*placed).lower().compile()
+        program = jax.jit(function, donate_argnums=given).trace(*placed).lower().compile()
+    caches = [x.size * x.dtype.itemsize for x in jax.tree.leaves([shapes[i] for i in given])]
+    memory = program.memory_analysis()
+    if caches and (
+        memory.alias_size_in_bytes < sum(caches) or memory.temp_size_in_bytes >= min(caches)
+    ):
+        raise ValueError(f"a cache is copied: {memory}")
 
 
 def overheard(run: Callable[[], None]) -> str:
@@ -186,8 +229,11 @@ def overheard(run: Callable[[], None]) -> str:
         return heard.read()
 
 
-def main(name: str) -> int:
-    """Prints the table; 0 if every kernel compiled and none spilled in its main loop."""
+def main(name: str, part: str = "") -> int:
+    """Prints the table of kernels whose names have this part.
+
+    0 if each of them compiled and none spilled in its main loop.
+    """
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ.update(dict.fromkeys(DUMPS, "1"))
     from dspark_jax.plan.chips import parse_machine
@@ -197,7 +243,10 @@ def main(name: str) -> int:
     (device,) = devices_of(parse_machine(f"{name}:1x1"))
     bad = 0
     print(f"{name:40} regs spilled in loop  shared tensor seconds")
-    for kernel, (function, shapes) in kernels(ARCHITECTURES[name]).items():
+    chosen = {k: v for k, v in kernels(ARCHITECTURES[name]).items() if part in k}
+    if not chosen:
+        raise ValueError(f"no kernel's name has {part!r} in it.")
+    for kernel, (function, shapes) in chosen.items():
         began = time.perf_counter()
         try:
             said = overheard(partial(compile_kernel, function, shapes, device))
@@ -217,6 +266,6 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ARCHITECTURES:
-        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)}")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) not in (2, 3) or sys.argv[1] not in ARCHITECTURES:
+        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)} [PART]")
+    sys.exit(main(*sys.argv[1:]))
