@@ -1,6 +1,7 @@
 """Compiles every GPU kernel for one GPU that is not there, at full size, and says what it takes.
 
-    python tests/aot/gpu_kernels.py h200      # or b200, b300: one in each process
+    python tests/aot/gpu_kernels.py h200            # or b200, b300: one in each process
+    python tests/aot/gpu_kernels.py h200 context    # only kernels of whose names this is a part
 
 needs the CUDA compiler (pip install -e '.[cuda]'), no GPU. Prints one line for each kernel:
 registers of a thread, bytes spilled, shared and tensor memory, seconds to compile. Exit status 1 if
@@ -86,6 +87,7 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax.numpy as jnp
 
     from dspark_jax.pallas_kernels.block_attention import gpu as block_attention
+    from dspark_jax.pallas_kernels.context_append import gpu as context_append
     from dspark_jax.pallas_kernels.fp8_experts import gpu as fp8_experts
     from dspark_jax.pallas_kernels.fp8_matmul import gpu as fp8_matmul
     from dspark_jax.pallas_kernels.markov import gpu as markov
@@ -132,6 +134,14 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             *(base, *factors, words, heat, integers(), integers()),
         )
 
+    def append(R: int, D: int, L: int, Hk: int, d: int, size: int) -> Any:
+        cache = (shape(64 * 16384 // size, Hk, size, d),) * L
+        function = partial(context_append.context_append, eps=1e-6, theta=1e6, arch=arch)
+        cells = (integers(R),) * 3
+        return function, (
+            *(shape(R, D), shape(D, 2 * L * Hk * d), shape(L, d), *cells, cache, cache),
+        )
+
     return {
         "fp8_matmul 8 x 6144 x 2048": product("fp8_matmul", 8, 6144, 2048),
         "fp8_matmul 64 x 6144 x 576": product("fp8_matmul", 64, 6144, 576),
@@ -154,6 +164,10 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "markov Qwen3-8B": drawing(64, 151936),
         "markov GLM-5.2": drawing(64, 154880),
         "markov GLM-5.2 of 8 devices": drawing(8, 19360),
+        "context_append Qwen3-8B, pages": append(512, 4096, 5, 8, 128, 16),
+        "context_append Qwen3-8B, one request": append(8, 4096, 5, 8, 128, 16384),
+        "context_append GLM-5.2, pages": append(512, 6144, 5, 32, 96, 16),
+        "context_append GLM-5.2 of 8 devices": append(512, 6144, 5, 4, 96, 16),
     }
 
 
