@@ -77,23 +77,23 @@ def context_append(
     gpu_target.chosen(arch, interpret)
     (R, _), (L, d), (N, Hk, size, _) = hidden.shape, key_norm.shape, context_keys[0].shape
     tiles, dtype = pl.cdiv(R, ROWS), hidden.dtype
-    pitch = gpu_target.multiple(d, LINE // dtype.itemsize)
+    # Halves of a head begin where copies may, whatever a head's size.
+    half = gpu_target.multiple(d // 2, LINE // dtype.itemsize)
     if R == 0:
         return context_keys, context_values
 
+    def body(fresh, turns, norm, cells, *contexts, **scratch):
+        _append(fresh, turns, norm, cells, contexts, scratch, rows=R, d=d, eps=eps)
+
     # Contexts that a kernel is given as references are its results too, where they lie.
     contexts = [jax.new_ref(x) for x in (*context_keys, *context_values)]
-
-    def body(fresh, turns, norm, cells, *refs_and_scratch, **scratch):
-        _append(fresh, turns, norm, cells, refs_and_scratch, scratch, rows=R, eps=eps)
-
     plgpu.kernel(
         body,
         out_type=(),
         scratch_types={
-            "key": plgpu.SMEM((ROWS, pitch), dtype),
-            "value": plgpu.SMEM((ROWS, pitch), dtype),
-            "turned": plgpu.SMEM((ROWS, pitch), dtype),
+            "key": plgpu.SMEM((ROWS, 2 * half), dtype),
+            "value": plgpu.SMEM((ROWS, 2 * half), dtype),
+            "turned": plgpu.SMEM((ROWS, 2 * half), dtype),
             "cell": plgpu.SMEM((ROWS,), jnp.int32),
             "key_arrived": plgpu.Barrier(),
             "others_arrived": plgpu.Barrier(num_arrivals=2),
@@ -102,9 +102,9 @@ def context_append(
         grid_names=("tile", "layer", "head"),
         interpret=interpret or None,
     )(
-        _projected(hidden, kernel, 2 * L * Hk, pitch),
-        _turns(position, tiles * ROWS, d, theta),
-        key_norm.astype(dtype).astype(jnp.float32),
+        _projected(hidden, kernel, 2 * L * Hk, half),
+        _turns(position, tiles * ROWS, d, half, theta),
+        _halves(key_norm.astype(dtype).astype(jnp.float32), half),
         _cells(cell_page, cell_place, tiles * ROWS, N, size),
         *contexts,
     )
@@ -113,22 +113,28 @@ def context_append(
 
 
 def _projected(
-    hidden: Float[Array, "R D"], kernel: Float[Array, "D n"], heads: int, pitch: int
-) -> Float[Array, "R heads pitch"]:
-    """[keys | values] of layer after layer, head by head, each from an aligned address on."""
+    hidden: Float[Array, "R D"], kernel: Float[Array, "D n"], heads: int, half: int
+) -> Float[Array, "R heads twice_half"]:
+    """[keys | values] of layer after layer, head by head."""
     both = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
-    both = both.reshape(len(hidden), heads, -1)
-    return jnp.pad(both, ((0, 0), (0, 0), (0, pitch - both.shape[-1])))
+    return _halves(both.reshape(len(hidden), heads, -1), half)
+
+
+def _halves(x: Float[Array, "*some d"], half: int) -> Float[Array, "*some twice_half"]:
+    """With zeros behind either half of every head; as it is where nothing lacks."""
+    x = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, half - x.shape[-1])))
+    return x.reshape(*x.shape[:-2], 2 * half)
 
 
 def _turns(
-    position: Int[Array, "R"], rows: int, d: int, theta: float
+    position: Int[Array, "R"], rows: int, d: int, half: int, theta: float
 ) -> Float[Array, "2 rows half"]:
-    """Cosines and sines of every row's angles: XLA's, for a GPU's own are not exact far out."""
+    """Cosines and sines of every row's angles, by XLA, as the reference has them."""
     rate = 1.0 / theta ** (jnp.arange(0, d, 2, dtype=jnp.float32) / d)
     angle = position[:, None].astype(jnp.float32) * rate
     turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
-    return jnp.pad(turns, ((0, 0), (0, rows - len(position)), (0, 0)))
+    return jnp.pad(turns, ((0, 0), (0, rows - len(position)), (0, half - d // 2)))
 
 
 def _cells(
@@ -141,8 +147,8 @@ def _cells(
 
 
 def _append(
-    fresh: Any, turns: Any, norm: Any, cells: Any, contexts: Any, scratch: Any, *, rows: int,
-    eps: float,
+    fresh: Any, turns: Any, norm: Any, cells: Any, contexts: Any, scratch: dict[str, Any], *,
+    rows: int, d: int, eps: float,
 ) -> None:  # fmt: skip
     """Keys and values of one tile of rows, for one head of one layer."""
     tile, layer, head = map(lax.axis_index, ("tile", "layer", "head"))
@@ -153,7 +159,7 @@ def _append(
     plgpu.copy_gmem_to_smem(fresh.at[some_rows, column + heads], scratch["value"], other)
     plgpu.copy_gmem_to_smem(cells.at[some_rows], scratch["cell"], other)
     plgpu.barrier_wait(scratch["key_arrived"])
-    _turn(scratch["key"], turns.at[:, some_rows], norm.at[layer], scratch["turned"], eps)
+    _turn(scratch["key"], turns.at[:, some_rows], norm.at[layer], scratch["turned"], d, eps)
     plgpu.commit_smem()
     plgpu.barrier_wait(other)
 
@@ -164,10 +170,10 @@ def _append(
 
             @pl.when(cell != NOWHERE)
             def _():
-                numbers = pl.ds(0, norm.shape[1])
+                place = pl.ds(cell % size, 1)
                 for source, context in ((scratch["turned"], key), (scratch["value"], value)):
-                    there = context.at[cell // size, head, cell % size, numbers]
-                    plgpu.copy_smem_to_gmem(source.at[row, numbers], there)
+                    there = context.at[cell // size, head, place]
+                    _copy_row(source.at[pl.ds(row, 1)], there, d)
 
     for i in range(L):
         pl.when(layer == i)(lambda i=i: write(contexts[i], contexts[L + i]))
@@ -175,10 +181,21 @@ def _append(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _turn(key: Any, turns: Any, norm: Any, out: Any, eps: float) -> None:
+def _copy_row(row: Any, there: Any, d: int) -> None:
+    """A row's d numbers, at once if its halves lie side by side."""
+    half = row.shape[1] // 2
+    if 2 * half == d:
+        plgpu.copy_smem_to_gmem(row, there.at[:, pl.ds(0, d)])
+        return
+    for i in range(2):
+        numbers = row.at[:, pl.ds(i * half, d // 2)]
+        plgpu.copy_smem_to_gmem(numbers, there.at[:, pl.ds(i * (d // 2), d // 2)])
+
+
+def _turn(key: Any, turns: Any, norm: Any, out: Any, d: int, eps: float) -> None:
     """The keys normed and rotated (NeoX halves), rounded wherever the reference rounds."""
-    layout, d, dtype = plgpu.Layout.WGMMA, norm.shape[0], key.dtype
-    halves = pl.ds(0, d // 2), pl.ds(d // 2, d // 2)
+    layout, half, dtype = plgpu.Layout.WGMMA, key.shape[1] // 2, key.dtype
+    halves = pl.ds(0, half), pl.ds(half, half)
 
     def load(source: Any, layout: Any = layout) -> Any:
         return plgpu.load(source, layout=layout, optimized=False).astype(jnp.float32)
@@ -186,12 +203,12 @@ def _turn(key: Any, turns: Any, norm: Any, out: Any, eps: float) -> None:
     def rounded(x: Any) -> Any:
         return x.astype(dtype).astype(jnp.float32)
 
-    a, b = (load(key.at[:, half]) for half in halves)
+    a, b = (load(key.at[:, columns]) for columns in halves)
     squares = jnp.sum(a * a, axis=1) + jnp.sum(b * b, axis=1)
     scale = lax.broadcast_in_dim(lax.rsqrt(squares / d + eps), a.shape, (0,))
 
-    def normed(x: Any, half: Any) -> Any:
-        weight = lax.broadcast_in_dim(load(norm.at[half], layout.reduce(0)), x.shape, (1,))
+    def normed(x: Any, columns: Any) -> Any:
+        weight = lax.broadcast_in_dim(load(norm.at[columns], layout.reduce(0)), x.shape, (1,))
         return rounded(rounded(x * scale) * weight)
 
     a, b = normed(a, halves[0]), normed(b, halves[1])

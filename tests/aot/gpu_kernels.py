@@ -172,14 +172,24 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 
 
 def compile_kernel(function: Callable[..., Any], shapes: tuple[Any, ...], device: Any) -> None:
-    """The whole program; what a compiler refuses, it raises."""
+    """The whole program; what a compiler refuses, it raises.
+
+    Tuples of arrays are caches, which the program is given for good. ValueError if it copies one.
+    """
     import jax
     from jax.sharding import SingleDeviceSharding
 
     place = SingleDeviceSharding(device)
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    given = tuple(i for i, one in enumerate(shapes) if type(one) is tuple)
     with jax.default_device(device):
-        jax.jit(function).trace(*placed).lower().compile()
+        program = jax.jit(function, donate_argnums=given).trace(*placed).lower().compile()
+    caches = [x.size * x.dtype.itemsize for x in jax.tree.leaves([shapes[i] for i in given])]
+    memory = program.memory_analysis()
+    if caches and (
+        memory.alias_size_in_bytes < sum(caches) or memory.temp_size_in_bytes >= min(caches)
+    ):
+        raise ValueError(f"a cache is copied: {memory}")
 
 
 def overheard(run: Callable[[], None]) -> str:
@@ -200,8 +210,11 @@ def overheard(run: Callable[[], None]) -> str:
         return heard.read()
 
 
-def main(name: str) -> int:
-    """Prints the table; 0 if every kernel compiled and none spilled in its main loop."""
+def main(name: str, part: str = "") -> int:
+    """Prints the table of kernels whose names have this part.
+
+    0 if each of them compiled and none spilled in its main loop.
+    """
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ.update(dict.fromkeys(DUMPS, "1"))
     from dspark_jax.plan.chips import parse_machine
@@ -211,7 +224,10 @@ def main(name: str) -> int:
     (device,) = devices_of(parse_machine(f"{name}:1x1"))
     bad = 0
     print(f"{name:40} regs spilled in loop  shared tensor seconds")
-    for kernel, (function, shapes) in kernels(ARCHITECTURES[name]).items():
+    chosen = {k: v for k, v in kernels(ARCHITECTURES[name]).items() if part in k}
+    if not chosen:
+        raise ValueError(f"no kernel's name has {part!r} in it.")
+    for kernel, (function, shapes) in chosen.items():
         began = time.perf_counter()
         try:
             said = overheard(partial(compile_kernel, function, shapes, device))
@@ -231,6 +247,6 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ARCHITECTURES:
-        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)}")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) not in (2, 3) or sys.argv[1] not in ARCHITECTURES:
+        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)} [PART OF A NAME]")
+    sys.exit(main(*sys.argv[1:]))
