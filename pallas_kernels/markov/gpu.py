@@ -186,7 +186,7 @@ def _kernel(
             entry = (first + step) * tile + plgpu.broadcasted_iota(
                 jnp.int32, logits.shape, 1, layout=layout
             )
-            noise = _noise(entry + offset, *seeds)
+            noise = signed_gumbel(entry + offset, *seeds)
             drawn = _draw(jnp.maximum(logits, LOWEST), noise, heat, entry, entry < Vd)
             return _both(kept, drawn)
 
@@ -209,7 +209,7 @@ def _product(place: Any, scratch: dict[str, Any]) -> Any:
     return load(scratch["product"])
 
 
-def _noise(number: Any, low: Any, high: Any) -> Any:
+def signed_gumbel(number: Any, low: Any, high: Any) -> Any:
     """`reference.hashed_gumbel` in signed integers, which wrap alike."""
 
     def spread(x: Any) -> Any:

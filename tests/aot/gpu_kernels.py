@@ -86,6 +86,7 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     import jax
     import jax.numpy as jnp
 
+    from dspark_jax.pallas_kernels.acceptance import gpu as acceptance
     from dspark_jax.pallas_kernels.block_attention import gpu as block_attention
     from dspark_jax.pallas_kernels.context_append import gpu as context_append
     from dspark_jax.pallas_kernels.fp8_experts import gpu as fp8_experts
@@ -142,6 +143,18 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             *(shape(R, D), shape(D, 2 * L * Hk * d), shape(L, d), *cells, cache, cache),
         )
 
+    numbers = partial(shape, dtype=jnp.float32)
+
+    def judging(B: int, V: int, dtype: Any) -> Any:
+        function = partial(acceptance.row_statistics, arch=arch)
+        return function, (shape(B, 8, V, dtype=dtype), integers(B, 8), numbers(B))
+
+    def redrawing(B: int, V: int, dtype: Any) -> Any:
+        refused, words = shape(B, dtype=jnp.bool_), shape(B, 2, dtype=jnp.uint32)
+        logits, heat = shape(B, V, dtype=dtype), numbers(B)
+        function = partial(acceptance.residual_draw, arch=arch)
+        return function, (logits, logits, heat, heat, refused, words, heat)
+
     return {
         "fp8_matmul 8 x 6144 x 2048": product("fp8_matmul", 8, 6144, 2048),
         "fp8_matmul 64 x 6144 x 576": product("fp8_matmul", 64, 6144, 576),
@@ -168,6 +181,12 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "context_append Qwen3-8B, one request": append(8, 4096, 5, 8, 128, 16384),
         "context_append GLM-5.2, pages": append(512, 6144, 5, 32, 96, 16),
         "context_append GLM-5.2 of 8 devices": append(512, 6144, 5, 4, 96, 16),
+        "row_statistics Qwen3-8B": judging(64, 151936, jnp.float32),
+        "row_statistics GLM-5.2": judging(64, 154880, jnp.bfloat16),
+        "row_statistics GLM-5.2, one request": judging(1, 154880, jnp.float32),
+        "residual_draw Qwen3-8B": redrawing(64, 151936, jnp.float32),
+        "residual_draw GLM-5.2": redrawing(64, 154880, jnp.bfloat16),
+        "residual_draw GLM-5.2, one request": redrawing(1, 154880, jnp.float32),
     }
 
 
@@ -248,5 +267,5 @@ def main(name: str, part: str = "") -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or sys.argv[1] not in ARCHITECTURES:
-        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)} [PART OF A NAME]")
+        sys.exit(f"usage: python tests/aot/gpu_kernels.py {'|'.join(ARCHITECTURES)} [PART]")
     sys.exit(main(*sys.argv[1:]))
