@@ -205,8 +205,8 @@ def compile_kernel(function: Callable[..., Any], shapes: tuple[Any, ...], device
         program = jax.jit(function, donate_argnums=given).trace(*placed).lower().compile()
     caches = [x.size * x.dtype.itemsize for x in jax.tree.leaves([shapes[i] for i in given])]
     memory: Any = program.memory_analysis()
-    in_place = memory.alias_size_in_bytes >= sum(caches)
-    if caches and not (in_place and memory.temp_size_in_bytes < min(caches)):
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    if caches and new >= min(caches):
         raise ValueError(f"a cache is copied: {memory}")
 
 
