@@ -30,8 +30,8 @@ ROWS = 64
 STATISTICS_TILE, DRAW_TILE = 64, 32
 """Columns at once: 16 KiB of float32 logits, of one array or of two."""
 STAGES = 3
-BLOCKS = 4
-"""That a core has room for at a time: each waits for copies while others count."""
+BLOCKS = 3
+"""That a core has registers for at a time: one waits for copies while others count."""
 NARROWEST = 32
 """Bytes of a row that a swizzled copy is made of."""
 FLOATS = (jnp.bfloat16, jnp.float32)

@@ -1,8 +1,9 @@
 """Appending to a draft's context on a GPU: only the cells of new rows are touched, in place.
 
-The projection is XLA's: a plain product, which cuBLAS does as well as any kernel. A block of the
-grid then has 64 rows of one layer's head. It norms and rotates their keys in registers and copies
-keys and values row by row into their pages, so that no scatter ever holds a second cache.
+The projection is XLA's: a plain product, which cuBLAS does as well as any kernel. One kernel then
+does the rest for all layers, where XLA would scatter into every context of its own. A block of its
+grid has 64 rows of one layer's head, norms and rotates their keys in registers and copies keys and
+values row by row into their pages.
 
 One body serves Hopper and Blackwell: nothing here is multiplied.
 """

@@ -146,10 +146,9 @@ def compile_kernel(function: Callable[..., Any], shapes: tuple[Any, ...], device
     with jax.default_device(device):
         program = jax.jit(function, donate_argnums=given).trace(*placed).lower().compile()
     caches = [x.size * x.dtype.itemsize for x in jax.tree.leaves([shapes[i] for i in given])]
-    memory = program.memory_analysis()
-    if caches and (
-        memory.alias_size_in_bytes < sum(caches) or memory.temp_size_in_bytes >= min(caches)
-    ):
+    memory: Any = program.memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    if caches and new >= min(caches):
         raise ValueError(f"a cache is copied: {memory}")
 
 
