@@ -96,11 +96,8 @@ def row_statistics(
     inverse = jnp.repeat(1 / jnp.where(temperature == 0, 1.0, temperature), S)
     # Of every part of a row, the column in it that is the row's own; elsewhere there is none.
     column = _folded(tokens.reshape(-1), cut) - _first_entries(cut)
-    found = _run(
-        _statistics, cut, 4, (logits.reshape(B * S, V),),
-        (_folded(inverse.astype(jnp.float32), cut), column.astype(jnp.float32)), interpret,
-    )  # fmt: skip
-    entry, top, own, total = found
+    of_rows = _folded(inverse.astype(jnp.float32), cut), column.astype(jnp.float32)
+    entry, top, own, total = _run(_statistics, cut, (logits,), of_rows, interpret)
     most = jnp.max(top, axis=-1)
     lse = most + jnp.log(jnp.sum(total * jnp.exp(top - most[:, None]), axis=-1))
     numbers = _first_largest_of(entry, top, cut), jnp.max(own, axis=-1) - lse, lse
@@ -130,11 +127,9 @@ def residual_draw(
     cut = _cut(B, V, DRAW_TILE, narrow, gpu_target.chosen(arch, interpret))
     numbers = (*lax.bitcast_convert_type(words, jnp.int32).T, temperature, p_lse, q_lse)
     of_rows = [_folded(x if i < 2 else x.astype(jnp.float32), cut) for i, x in enumerate(numbers)]
-    found = _run(
-        _draw, cut, 4, (p_logits, q_logits), (*of_rows, _first_entries(cut)), interpret
-    )  # fmt: skip
+    of_rows = (*of_rows, _first_entries(cut))
+    found = _run(_draw, cut, (p_logits, q_logits), of_rows, interpret)
     from_p, top_p, residual, top_left = found
-
     chosen = refused & (temperature > 0) & (jnp.max(top_left, axis=-1) > NOTHING)
     drawn = (_first_largest_of(*x, cut) for x in ((residual, top_left), (from_p, top_p)))
     return jnp.where(chosen, *drawn)
@@ -178,16 +173,15 @@ def _first_entries(cut: Cut) -> Array:
 def _run(
     body: Callable[..., None],
     cut: Cut,
-    outputs: int,
     logits: tuple[Array, ...],
     of_rows: tuple[Array, ...],
     interpret: Any,
 ) -> list[Float[Array, "R parts"]]:
-    """What every block kept of its rows, a row's parts in the order of its vocabulary."""
+    """Four numbers that every block kept of its rows, parts in the order of a row's vocabulary."""
     rows = cut.rows * cut.fold
     found = plgpu.kernel(
         functools.partial(body, cut=cut),
-        out_type=[jax.ShapeDtypeStruct((cut.parts, cut.grid[1] * ROWS), jnp.float32)] * outputs,
+        out_type=[jax.ShapeDtypeStruct((cut.parts, cut.grid[1] * ROWS), jnp.float32)] * 4,
         scratch_types={
             "tiles": [_held(cut, x.dtype) for x in logits],
             "arrived": plgpu.Barrier(num_arrivals=len(logits), num_barriers=STAGES),
