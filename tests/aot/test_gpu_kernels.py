@@ -10,7 +10,9 @@ import pytest
 from dspark_jax.pallas_kernels import gpu_target
 from dspark_jax.plan.topology import COMPILERS
 
-SCRIPT = Path(__file__).with_name("gpu_kernels.py")
+SCRIPT, STEP = (Path(__file__).with_name(name) for name in ("gpu_kernels.py", "gpu_step.py"))
+STEPS = [("h200:1x2", "qwen3-8b"), ("h200:1x8", "glm-5.2"), ("b200:1x8", "glm-5.2")]
+STEPS += [("b300:1x2", "qwen3-8b"), ("b300:1x8", "glm-5.2")]
 MISSING = gpu_target.missing()
 
 pytestmark = [
@@ -30,3 +32,12 @@ def test_every_kernel_compiles_and_spills_in_no_loop(gpu: str):
     done = subprocess.run([sys.executable, SCRIPT, gpu], capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("mesh", "target"), STEPS)
+def test_a_whole_step_compiles_with_every_op_as_a_kernel(mesh: str, target: str):
+    done = subprocess.run([sys.executable, STEP, mesh, target], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ops = [line for line in done.stdout.splitlines() if line.endswith("kernel")]
+    assert len(ops) >= 5 and "reference" not in done.stdout
