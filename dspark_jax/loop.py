@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from dspark_jax.acceptance import accept
@@ -116,7 +117,7 @@ def decode_step(
     With `most` the verify pass has room for no more drafts than that, whatever is requested: where
     rows cost time, the last ones of a block may not be worth theirs.
     """
-    drawing, judging = round_keys(state, request)
+    drawing, judging = round_keys(state, request, draft.mesh)
     with jax.named_scope("draft"):
         block = draft.draft_block(
             weights.draft,
@@ -152,13 +153,21 @@ def decode_step(
     return kept, emit(state, proposal, verdict)._replace(confidence=block.confidence)
 
 
-def round_keys(state: DecodeState, request: Request) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
-    """Fresh keys to draft and to verify with; any, where all is greedy and nothing is drawn."""
+def round_keys(
+    state: DecodeState, request: Request, mesh: Mesh | None
+) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+    """Fresh keys to draft and to verify with.
+
+    On one device any, where all is greedy and nothing is drawn; several would have to ask one
+    another whether it is.
+    """
 
     def fresh() -> tuple[Key[Array, "B"], Key[Array, "B"]]:
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
         return salted(keys, DRAFT_SALT), salted(keys, VERIFY_SALT)
 
+    if mesh is not None:
+        return fresh()
     drawn = jnp.any(request.temperature > 0)
     return jax.lax.cond(drawn, fresh, lambda: (state.keys, state.keys))
 
