@@ -114,9 +114,10 @@ def decode_step(
 ) -> tuple[DecodeState, Emitted]:
     """One round: draft a block, verify it in one pass, keep what the target keeps, commit.
 
-    With `most` the verify pass has room for no more drafts than that, whatever is requested: where
-    rows cost time, the last ones of a block may not be worth theirs.
+    With `most`, 1 or more, the verify pass has room for no more drafts than that, whatever is
+    requested: where rows cost time, the last ones of a block may not be worth theirs.
     """
+    assert most is None or most >= 1, most
     drawing, judging = round_keys(state, request, draft.mesh)
     with jax.named_scope("draft"):
         block = draft.draft_block(

@@ -140,6 +140,11 @@ def read_speculation(text: str | None) -> Speculation:
         raise ValueError(
             f"dspark_draft_topk {among!r} is no number of tokens; give 1 or more, or leave it out."
         )
+    if among is not None and count == 0:
+        raise ValueError(
+            f"dspark_draft_topk {among} is for drafts, and num_speculative_tokens 0 never drafts; "
+            "leave one of them out."
+        )
     if not isinstance(config.enable_adaptive_verification, bool):
         raise ValueError("enable_adaptive_verification must be true or false.")
     return config

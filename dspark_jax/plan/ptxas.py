@@ -57,7 +57,10 @@ def report_of(said: str) -> Report:
 
 
 def spilled_in_loop(said: str) -> int | None:
-    """Local loads and stores within the smallest loops that multiply; None without machine code."""
+    """Local loads and stores within the smallest loops that multiply; None without machine code.
+
+    Of a kernel that multiplies nothing, all of them.
+    """
     labels, code = {}, []
     for line in said.splitlines():
         if label := re.match(r"\s*\.(L_x_\d+):", line):

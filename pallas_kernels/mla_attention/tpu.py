@@ -35,7 +35,7 @@ def mla_attention(
 ) -> Float[Array, "B S H r"]:
     """What every head's query takes from the cached latents; see the reference."""
     (B, asking, H, r), (_, size, wide), dtype = latent.shape, context_rope.shape, latent.dtype
-    S = slots_of(asking, H)
+    S = slots_of(asking, H, dtype)
     heads, slots = grouping(S, H, dtype)
     sharing = pl.cdiv(asking, S)
     latent, rope = _parts(latent, S), _parts(rope, S)
@@ -111,7 +111,7 @@ def unsupported(
     if H > QUERY_ROWS or r > 1024:
         return f"{H} heads of {r} numbers are larger than the vector memory"
     contexts = (jax.ShapeDtypeStruct((1, 1, size, n), latent.dtype) for n in (r, wide))
-    programs = B * pl.cdiv(S, slots_of(S, H))
+    programs = B * pl.cdiv(S, slots_of(S, H, latent.dtype))
     lists = 0 if selected is None else programs * tiles.lay_out(pages, tuple(contexts)).tiles
     return tiles.refused(pages, size, latent.dtype, lists)
 
@@ -132,13 +132,21 @@ def chosen_tiles(
     return cut.astype(jnp.int8), order, jnp.sum(some, axis=1, dtype=jnp.int32)
 
 
-def slots_of(S: int, H: int) -> int:
-    """Slots of one program: all, or as many as fit and are whole products, shared out evenly."""
-    most = max(QUERY_ROWS // (H + -H % 8), 1)
-    if S <= most:
+def slots_of(S: int, H: int, dtype: Any) -> int:
+    """Slots of one program: all, or as many as fit and are whole products, shared out evenly.
+
+    Not all where they would be cut into many small products, as a prime number is.
+    """
+    heads, together = grouping(S, H, dtype)
+    if S * heads <= QUERY_ROWS and 2 * together * heads > min(PRODUCT_ROWS, S * heads):
         return S
-    step = min(max(PRODUCT_ROWS // (H + -H % 8), 1), most)
-    even = pl.cdiv(S, pl.cdiv(S, most // step * step))
+    for padding in (8, tiles.sublanes(dtype)):
+        heads = H + -H % padding
+        fitting = max(QUERY_ROWS // heads, 1)
+        step = min(max(PRODUCT_ROWS // heads, 1), fitting)
+        if step * heads % tiles.sublanes(dtype) == 0:
+            break
+    even = pl.cdiv(S, pl.cdiv(S, fitting // step * step))
     return even + -even % step
 
 

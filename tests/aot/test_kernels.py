@@ -120,7 +120,7 @@ ODD = {
     "pages of several tiles": odd_block(256, 1072, 5, 1, "bfloat16", P=2),
     "latents, pages of 48 rows": odd_mla(7, 10, 48, "bfloat16"),
     "latents, pages of several tiles": odd_mla(3, 5, 1040, "bfloat16", P=2),
-    "latents, products of one slot": odd_mla(17, 40, 8, "float32"),
+    "latents, a prime number of queries": odd_mla(17, 40, 8, "float32"),
     "appending a row": odd_append(1, 1, 64, 16, "bfloat16"),
     "appending five rows": odd_append(5, 3, 96, 8, "float32"),
 }
@@ -133,8 +133,9 @@ def test_a_kernel_compiles_fits_and_copies_no_cache(name: str, topology: str):
     held, memory = vmem_bytes(compiled), compiled.memory_analysis()
     copied = memory.temp_size_in_bytes
     print(f"{topology} {name}: {held / 2**20:.2f} MiB of vector memory, {copied} bytes copied")
-    # Where there is room, the compiler of tpu7x keeps 16 MiB of selected rows beside the tiles.
-    assert 0 < held <= (32 if topology.startswith("tpu7x") else 16) << 20
+    # Where there is room, the compiler of tpu7x keeps a prompt's 16 MiB of selected rows beside it.
+    beside = topology.startswith("tpu7x") and "prompt" in name and "sparse" in name
+    assert 0 < held <= (32 if beside else 16) << 20
     assert copied < memory.argument_size_in_bytes / 20
 
 

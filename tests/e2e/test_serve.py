@@ -248,6 +248,10 @@ def test_a_draft_is_calibrated_on_prompts_and_served_so(tmp_path: Path):
         (("--speculative-config", '{"num_speculative_tokens": 99}'), "more than the 8"),
         (("--speculative-config", '{"dspark_draft_topk": 0}'), "dspark_draft_topk 0 is no number"),
         (("--speculative-config", '{"dspark_draft_topk": 9999}'), "9999 must be from 1 to the"),
+        (
+            ("--speculative-config", '{"dspark_draft_topk": 4, "num_speculative_tokens": 0}'),
+            "never drafts; leave one of them out",
+        ),
         (("--max-model-len", "100000"), "more than the 4096 positions"),
         (("--num-gpu-blocks-override", "3"), "do not hold one sequence"),
         (("--max-num-seqs", "0"), "must be 1 or more"),

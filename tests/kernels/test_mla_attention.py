@@ -158,20 +158,24 @@ def test_queries_of_several_programs_agree_with_the_reference(
     monkeypatch.setattr(tiles, "TILE_ROWS", case.tile)
     monkeypatch.setattr(tpu, "QUERY_ROWS", 16)
     given = arrays(case)
-    assert tpu.slots_of(7, case.H) == 2
+    assert tpu.slots_of(7, case.H, case.dtype) == 2
     found = run(given, jax.jit(tpu.mla_attention, static_argnames=("scale", "interpret")))
     assert agrees(case, found, SPECIFIED(*given, scale=SCALE))
     assert not race_found()
 
 
-@pytest.mark.parametrize("S, H", [(512, 64), (512, 8), (100, 64), (17, 40), (3, 1024), (9, 65)])
-def test_programs_share_the_queries_out(S: int, H: int):
-    slots = tpu.slots_of(S, H)
-    heads, together = tpu.grouping(slots, H, "bfloat16")
-    programs = -(-S // slots)
-    assert slots * H <= tpu.QUERY_ROWS
-    assert slots % together == 0 and together * heads <= max(tpu.PRODUCT_ROWS, heads)
-    assert (programs - 1) * slots < S, "a program has no query"
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("H", [1, 4, 8, 12, 16, 20, 24, 40, 64, 65, 128, 200, 1000, 1024])
+def test_programs_share_the_queries_out(H: int, dtype: str):
+    """In products that are not small, whatever number of queries there is; primes are cut well."""
+    for S in range(1, 530):
+        slots = tpu.slots_of(S, H, dtype)
+        heads, together = tpu.grouping(slots, H, dtype)
+        programs = -(-S // slots)
+        assert slots * heads <= max(tpu.QUERY_ROWS, heads), S
+        assert slots % together == 0 and together * heads <= max(tpu.PRODUCT_ROWS, heads), S
+        assert 4 * together * heads > min(tpu.PRODUCT_ROWS, S * heads), S
+        assert (programs - 1) * slots < S, "a program has no query"
 
 
 @pytest.mark.parametrize("sparse", [False, True])
