@@ -188,7 +188,7 @@ def compiled_for(chip: str, only: str, console: Console) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-            console.print(f"{chip}: not compiled, {why.removeprefix('error: ')}")
+            console.print(f"{chip}: not compiled, {why.removeprefix('error: ')}", markup=False)
         return json.loads(path.read_text()) if path.exists() else {}
 
 
