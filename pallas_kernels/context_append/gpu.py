@@ -41,7 +41,6 @@ def unsupported(
     *,
     eps: float,
     theta: float,
-    arch: str | None = None,
 ) -> str | None:
     """Why the kernel cannot run these shapes and types, or None."""
     if reason := gpu_target.missing():
@@ -57,8 +56,6 @@ def unsupported(
         return f"contexts are {wide} wide, no multiple of 16 bytes."
     if N * size > jnp.iinfo(jnp.int32).max:
         return f"{N} pages of {size} rows are more cells than 32 bits count."
-    if arch is not None and d % 64 and jax.__version_info__ >= (0, 12):
-        return f"jax {jax.__version__} takes minutes and more to compile heads of {d} numbers"
     return None
 
 
