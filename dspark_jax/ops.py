@@ -27,9 +27,6 @@ PACKAGE = "dspark_jax.pallas_kernels"
 CAPABILITIES = {"9.0": "sm_90a", "10.0": "sm_100a", "10.3": "sm_103a"}
 """GPUs there are kernels for: their compute capability, and what it is compiled for."""
 
-NEWER_JAX = (0, 12)
-"""Mosaic GPU of 0.12.0.1 refuses transfers that 0.11.2 compiles, or takes minutes over them."""
-
 LANES = 128
 """Of a TPU's registers."""
 
@@ -309,8 +306,6 @@ def backend_of(device: Any, choice: Choice) -> Backend:
         capability = str(getattr(device, "compute_capability", "unknown"))
         if capability not in CAPABILITIES:
             return Backend(None, {}, f"none is for GPUs of compute capability {capability}")
-        if jax.__version_info__ >= NEWER_JAX:
-            return Backend(None, {}, f"GPU kernels compile with jax 0.11, not {jax.__version__}")
         return Backend("gpu", {"arch": CAPABILITIES[capability]})
     if choice == "pallas":
         return Backend("tpu", {"interpret": True})

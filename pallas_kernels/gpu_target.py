@@ -47,3 +47,11 @@ def tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
 def multiple(size: int, of: int) -> int:
     """The next multiple."""
     return -(-size // of) * of
+
+
+def store(ref: Any, value: Any) -> None:
+    """`ref[...] = value` by whatever transfers the layout allows, which jax 0.12 has to be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

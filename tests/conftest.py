@@ -11,8 +11,10 @@ os.environ["XLA_FLAGS"] = (
 import atexit  # noqa: E402
 import shutil  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -21,6 +23,24 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+ASKED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests compile far more than they run, which without optimising takes half the time.
+
+    Not those marked `optimised`, nor any where JAX_DISABLE_MOST_OPTIMIZATIONS is 0. The commands
+    that tests start compile as users do.
+    """
+    quickly = ASKED is None and request.node.get_closest_marker("optimised") is None
+    if quickly:
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    if quickly:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,6 +29,8 @@ class Report(NamedTuple):
     spilled_in_loop: int | None
     shared: int
     tensor: int
+    unasked: bool
+    """Registers were not shared out as the kernel asks: jax 0.12 builds kernels to be linked."""
 
     @property
     def spills(self) -> bool:
@@ -53,6 +55,7 @@ def report_of(said: str) -> Report:
         spilled_in_loop=spilled_in_loop(said),
         shared=number(r"smem_scratch_bytes=(\d+)"),
         tensor=number(r"tmem_scratch_cols=(\d+)"),
+        unasked="'setmaxnreg' ignored" in said,
     )
 
 

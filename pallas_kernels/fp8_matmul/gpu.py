@@ -212,7 +212,8 @@ def _part_of_tile(
         return total + product * scale
 
     zero = plgpu.layout_cast(jnp.zeros((TILE, rows), jnp.float32), layout)
-    parts[part, outputs, some_rows] = lax.fori_loop(0, count, add, zero)
+    total = lax.fori_loop(0, count, add, zero)
+    gpu_target.store(parts.at[part, outputs, some_rows], total)
 
 
 def _widen(slot: Any, half: int, scratch: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from dspark_jax.plan.topology import devices_of, set_environment
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 MARKS = [
     pytest.mark.slow,
+    pytest.mark.optimised,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
         reason="the TPU compiler is not installed (pip install -e '.[tpu]')",

@@ -14,6 +14,7 @@ from dspark_jax.plan.topology import set_environment
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.optimised,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,

@@ -21,6 +21,8 @@ from dspark_jax.loop import Request, init_state, prefill, prepare_weights
 from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.types import Draft, Proposal, Rows
 
+pytestmark = pytest.mark.optimised
+
 V, CHUNK, BATCH, LIMIT, LONG = 24, 4, 4, 60, 2000
 NEVER = -1
 """An end token that no answer contains."""

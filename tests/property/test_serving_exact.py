@@ -31,6 +31,8 @@ from tests.property.server import (
     script_of,
 )
 
+pytestmark = pytest.mark.optimised
+
 
 def test_the_example_is_worth_checking():
     for name in TARGETS:

@@ -31,6 +31,8 @@ from tests.property.server import (
     script_of,
 )
 
+pytestmark = pytest.mark.optimised
+
 ROUNDS = 4
 DOZEN = 12
 

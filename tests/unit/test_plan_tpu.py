@@ -18,10 +18,13 @@ from dspark_jax.plan.kernels import stated
 from dspark_jax.plan.topology import devices_of, set_environment
 from dspark_jax.types import Rows
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is not installed (pip install -e '.[tpu]')",
-)
+pytestmark = [
+    pytest.mark.optimised,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="the TPU compiler is not installed (pip install -e '.[tpu]')",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
