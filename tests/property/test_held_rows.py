@@ -79,7 +79,7 @@ class Watched(Programs):
         super().catch_up(behind)
 
 
-class Told(Pages):
+class LentOnceTold(Pages):
     """Pages that are lent to others only when the draft has heard of all their rows."""
 
     def __init__(self, batch: list[Batch]):
@@ -113,7 +113,7 @@ def test_a_draft_that_is_asked_has_heard_of_everything() -> None:
     watched, mine = Watched(), list[Batch]()
     batch = Batch(
         watched,
-        Told(mine),
+        LentOnceTold(mine),
         Whims("fixed", DRAFT.draft_length),
         frozenset(),
         Metrics("test", DRAFT.draft_length),
