@@ -54,7 +54,7 @@ class Telling:
         self, shape: Shape, sequences: Many[Sequence], caps: Many[int], rating: Rating
     ) -> np.ndarray:
         """The words of a round of these sequences, which have entered; no longer are they fresh."""
-        known, slots = self._known, [s.slot for s in sequences]
+        known, slots = self._known, np.array([s.slot for s in sequences], np.intp)
         known["cap"][slots] = caps
         known["slope"][:], known["intercept"][:] = rating.slope, rating.intercept
         words = self._empty(shape).copy()
