@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from dspark_jax.paged_loop import HELD, Control, Result
+from dspark_jax.paged_loop import HELD, Result
+from dspark_jax.paged_words import Heard, Told, result_of
 from dspark_jax.serve.editing import fill
 from dspark_jax.serve.expected import Expected
 from dspark_jax.serve.messages import Delta, Finish, TokenLogprob
@@ -19,7 +19,7 @@ from dspark_jax.serve.policy import Policy
 from dspark_jax.serve.programs import Shape, Steps
 from dspark_jax.serve.rating import Rating
 from dspark_jax.serve.sequence import Sequence
-from dspark_jax.truncation import Edits
+from dspark_jax.serve.telling import Telling
 
 LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Round(NamedTuple):
     sequences: list[Sequence]
     caps: list[int]
     shape: Shape
-    result: Result
+    heard: Heard
     begun: float
     undisturbed: bool
     """Nothing but rounds ran on the device since the one before."""
@@ -55,7 +55,7 @@ class Batch:
         draft_greedily: bool = False,
     ):
         self.programs, self.pages, self.policy = programs, pages, policy
-        self.ends, self.draft_greedily = ends, draft_greedily
+        self.ends, self._telling = ends, Telling(programs, draft_greedily)
         self.metrics, self.expected, self.rating = metrics, Expected(seconds), rating
         self._heard, self._undisturbed = 0.0, True
         self.waiting: deque[Sequence] = deque()
@@ -131,6 +131,9 @@ class Batch:
             return False
         if not all(self._grow(sequence) for sequence in list(chosen)):
             return False
+        for sequence in chosen:
+            if sequence.slot is not None and not sequence.entered:
+                self._alone(sequence, self._telling.enter)
         chosen = [s for s in chosen if s.slot is not None]
         if not chosen:
             return False
@@ -138,23 +141,30 @@ class Batch:
         drafting = shape.budget > shape.group
         if drafting or any(s.behind == HELD for s in chosen):
             self._catch_up(chosen)
-        control = self.programs.control(shape.group, shape.pages)
-        control.slope[:], control.intercept[:] = self.rating.slope, self.rating.intercept
-        if self.programs.chooses(shape):
-            budgets = self.programs.sizes.budgets(shape.group)[1:]
-            control = control._replace(seconds=self.expected.curve(shape, budgets))
-        edits = self.programs.edits(shape.group) if shape.edited else None
-        for row, (sequence, cap) in enumerate(zip(chosen, caps, strict=True)):
-            self._alone(sequence, self._fill, control, edits, row, cap)
-            if sequence.finish is not None:
-                np.asarray(control.slot)[row] = self.programs.sizes.slots
-        result = self.programs.round(shape, control, edits)
-        self.pending.append(Round(chosen, caps, shape, result, time.monotonic(), self._undisturbed))
+        heard = self._dispatch(shape, chosen, caps)
+        self.pending.append(Round(chosen, caps, shape, heard, time.monotonic(), self._undisturbed))
         self._undisturbed = True
         for sequence in chosen:
             sequence.entered, sequence.rounds = True, sequence.rounds + 1
             sequence.behind += 0 if drafting or not self.programs.sizes.verified else 1
         return True
+
+    def _dispatch(self, shape: Shape, chosen: list[Sequence], caps: list[int]) -> Heard:
+        """Tell the device of a round, and have what it tells come when it is there."""
+        words: Any = self._telling.round(shape, chosen, caps, self.rating)
+        told = Told(words)
+        if self.programs.chooses(shape):
+            budgets = self.programs.sizes.budgets(shape.group)[1:]
+            told = told._replace(seconds=self.expected.curve(shape, budgets))
+        edits = self.programs.edits(shape.group) if shape.edited else None
+        for row, sequence in enumerate(chosen):
+            if edits is not None and sequence.edited:
+                self._alone(sequence, lambda s, row=row: fill(edits, row, s, self.ends))
+                if sequence.finish is not None:
+                    self._telling.leave_out(shape, words, row)
+        heard = self.programs.round(shape, told, edits)
+        heard.words.copy_to_host_async()
+        return heard
 
     def _catch_up(self, sequences: list[Sequence]) -> None:
         """Let the drafts of those that are behind hear of what plain rounds have read."""
@@ -200,31 +210,6 @@ class Batch:
             if sequence.finish is None or sequence.slot is not None:
                 self.end(sequence, "error", f"the server failed at it ({type(error).__name__})")
 
-    def _fill(
-        self, sequence: Sequence, control: Control, edits: Edits | None, row: int, cap: int
-    ) -> None:
-        """Write one sequence into the host's arrays."""
-        sampling = sequence.work.sampling
-        values: dict[str, Any] = {
-            "slot": sequence.slot,
-            "fresh": not sequence.entered,
-            "anchor": sequence.tokens[-1],
-            "length": len(sequence.tokens) - 1,
-            "cap": cap,
-            "key": [sequence.seed >> 32, sequence.seed & 0xFFFFFFFF],
-            "temperature": sampling.temperature,
-            "draft_temperature": 0 if self.draft_greedily else sampling.temperature,
-        }
-        arrays: Any = control
-        for name, value in values.items():
-            getattr(arrays, name)[row] = value
-        arrays.pages[row, : len(sequence.pages)] = sequence.pages
-        arrays.truncation.min_p[row] = sampling.min_p
-        arrays.truncation.top_k[row] = sampling.top_k
-        arrays.truncation.top_p[row] = sampling.top_p
-        if edits is not None and sequence.edited:
-            fill(edits, row, sequence, self.ends)
-
     def _grow(self, sequence: Sequence) -> bool:
         """Pages for one more round; False when first the rounds on their way must be heard of."""
         while sequence.slot is not None:
@@ -232,7 +217,7 @@ class Batch:
                 self._pages_for(sequence, sequence.rounds + 1) - len(sequence.pages)
             )
             if more is not None:
-                sequence.pages += more
+                self._telling.lend(sequence, more)
                 return True
             if self.pending:
                 return False
@@ -257,7 +242,7 @@ class Batch:
     def _collect(self, round_: Round) -> None:
         """Hear of a round and pass it on, sequence by sequence."""
         since, waits = max(round_.begun, self._heard), time.monotonic()
-        result = jax.device_get(round_.result)
+        result = result_of(round_.heard)
         heard = time.monotonic()
         seconds = heard - since
         served = slice(len(round_.sequences))

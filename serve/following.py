@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dspark_jax.paged_loop import Control
 from dspark_jax.paged_upkeep import Behind
+from dspark_jax.paged_words import Told
 from dspark_jax.serve.lines import Line, Lines
 from dspark_jax.serve.programs import Shape, Steps
 from dspark_jax.truncation import Edits
@@ -40,14 +40,15 @@ class Leading:
 
     def __init__(self, programs: Steps, lines: Lines):
         self.sizes, self.shapes = programs.sizes, programs.shapes
-        self.control, self.edits, self.behind = programs.control, programs.edits, programs.behind
+        self.told, self.edits, self.behind = programs.told, programs.edits, programs.behind
         self.program, self.chooses = programs.program, programs.chooses
+        self.columns = programs.columns
         self._programs, self._lines = programs, lines
         lines.wait()
 
-    def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
-        self._send(message(ROUND, shape, (control, edits)))
-        return self._programs.round(shape, control, edits)
+    def round(self, shape: Shape, told: Told, edits: Edits | None) -> Any:
+        self._send(message(ROUND, shape, (told, edits)))
+        return self._programs.round(shape, told, edits)
 
     def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
         tokens = tokens[: self.sizes.chunks[-1]]
@@ -102,11 +103,11 @@ def follow(programs: Steps, receive: Callable[[int], bytes]) -> None:
 def _round(programs: Steps, shape: Shape, body: bytes) -> None:
     """The arrays lie one after another, in the order of the empty ones."""
     edits = programs.edits(shape.group) if shape.edited else None
-    control = programs.control(shape.group, shape.pages)
+    told = programs.told(shape.group, shape.pages)
     if programs.chooses(shape):
-        control = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
-    control, edits = jax.tree.map(partial(_take, memoryview(body), [0]), (control, edits))
-    programs.round(shape, control, edits)
+        told = told._replace(seconds=np.ones(1 + shape.budget, np.float32))
+    told, edits = jax.tree.map(partial(_take, memoryview(body), [0]), (told, edits))
+    programs.round(shape, told, edits)
 
 
 def _take(body: memoryview, place: list[int], like: np.ndarray) -> np.ndarray:

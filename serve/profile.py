@@ -5,6 +5,7 @@ import time
 import jax
 import numpy as np
 
+from dspark_jax.paged_words import views
 from dspark_jax.serve.programs import Shape, Steps
 
 REPEATS, TOGETHER = 3, 4
@@ -30,17 +31,18 @@ def measure(programs: Steps) -> dict[Shape, float]:
     seconds = {}
     for shape in costed(programs):
         program = programs.program(shape)
-        control = programs.control(shape.group, shape.pages)
-        control.slot[:] = range(shape.group)
-        control.fresh[:], control.cap[:] = True, programs.sizes.verified
+        told = programs.told(shape.group, shape.pages)
+        known = views(programs.columns(shape.pages), np.asarray(told.words))
+        known["slot"][:] = range(shape.group)
+        known["fresh"][:], known["cap"][:] = 1, programs.sizes.verified
         if programs.chooses(program):
-            control = control._replace(seconds=up_to(shape.budget, program.budget))
+            told = told._replace(seconds=up_to(shape.budget, program.budget))
         taken = []
-        jax.block_until_ready(programs.round(program, control, None))
+        jax.block_until_ready(programs.round(program, told, None))
         for _ in range(REPEATS):
             begin = time.perf_counter()
             # One after another, as in serving: the host is not waited for.
-            rounds = [programs.round(program, control, None) for _ in range(TOGETHER)]
+            rounds = [programs.round(program, told, None) for _ in range(TOGETHER)]
             jax.block_until_ready(rounds)
             taken.append((time.perf_counter() - begin) / TOGETHER)
         seconds[shape] = min(taken)

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from dspark_jax.loop import Weights
 from dspark_jax.paged_loop import (
-    Control,
     SlotState,
     init_slots,
     plain_round,
@@ -23,9 +22,19 @@ from dspark_jax.paged_loop import (
     stopping_round,
 )
 from dspark_jax.paged_upkeep import Behind, catch_up, scrub
+from dspark_jax.paged_words import (
+    Column,
+    Heard,
+    Told,
+    control_of,
+    told_columns,
+    views,
+    width,
+    words_of,
+)
 from dspark_jax.serve.layout import shardings_of, state_shardings, whole
 from dspark_jax.sharding import target_mesh
-from dspark_jax.truncation import Edits, Truncation
+from dspark_jax.truncation import Edits
 from dspark_jax.types import Draft, Rows, Target
 
 SHORTEST_CONTEXT, NARROWING = 256, 4
@@ -92,8 +101,8 @@ class Steps(Protocol):
 
     sizes: Sizes
 
-    def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
-        """Dispatch a round; its `Result` is on its way."""
+    def round(self, shape: Shape, told: Told, edits: Edits | None) -> Any:
+        """Dispatch a round; its `Heard` is on its way."""
         ...
 
     def prefill(self, tokens: np.ndarray, start: int, pages: tuple[int, ...]) -> int:
@@ -124,8 +133,12 @@ class Steps(Protocol):
         """Whether it wants to know what rounds take: `seconds` of every count of rows."""
         ...
 
-    def control(self, group: int, pages: int) -> Control:
+    def told(self, group: int, pages: int) -> Told:
         """A round in which nobody takes part, to be filled in."""
+        ...
+
+    def columns(self, pages: int) -> tuple[Column, ...]:
+        """What lies where in the words that rounds over so many pages are told."""
         ...
 
     def edits(self, group: int) -> Edits:
@@ -214,9 +227,9 @@ class Programs:
         self._chunks = {chunk: made.pop(chunk) for chunk in self.sizes.chunks}
         self._rounds = made
 
-    def round(self, shape: Shape, control: Control, edits: Edits | None) -> Any:
+    def round(self, shape: Shape, told: Told, edits: Edits | None) -> Any:
         """As `Steps` says."""
-        given = (self.weights, self.state, control, edits)
+        given = (self.weights, self.state, told, edits)
         self.state, result = self._rounds[shape](*given)
         return result
 
@@ -245,26 +258,19 @@ class Programs:
         """As `Steps` says."""
         self.state = self._empty()
 
-    def control(self, group: int, pages: int) -> Control:
+    def told(self, group: int, pages: int) -> Told:
         """As `Steps` says."""
-        sizes, zeros = self.sizes, partial(np.zeros, group)
-        drafted = self._models[1].draft_length
-        truncation: Any = (zeros(np.float32), zeros(np.int32), np.ones(group, np.float32))
-        arrays: dict[str, Any] = {
-            "slot": np.full(group, sizes.slots, np.int32),
-            "fresh": zeros(bool),
-            "anchor": zeros(np.int32),
-            "length": zeros(np.int32),
-            "pages": np.zeros((group, pages), np.int32),
-            "cap": zeros(np.int32),
-            "key": np.zeros((group, 2), np.uint32),
-            "temperature": zeros(np.float32),
-            "draft_temperature": zeros(np.float32),
-            "slope": np.ones((group, drafted), np.float32),
-            "intercept": np.zeros((group, drafted), np.float32),
-            "truncation": Truncation(*truncation),
-        }
-        return Control(**arrays)
+        columns = self.columns(pages)
+        words = np.zeros((group, width(columns)), np.int32)
+        known = views(columns, words)
+        known["slot"][:] = self.sizes.slots
+        known["top_p"][:], known["slope"][:] = 1, 1
+        told: Any = words
+        return Told(told)
+
+    def columns(self, pages: int) -> tuple[Column, ...]:
+        """As `Steps` says."""
+        return told_columns(self._models[1].draft_length, pages)
 
     def edits(self, group: int) -> Edits:
         """As `Steps` says."""
@@ -293,18 +299,20 @@ class Programs:
         return self._lower(catch_up, self._lie, self.weights, self.state, self.behind(group))
 
     def _compile_round(self, shape: Shape) -> Any:
-        control = self.control(shape.group, shape.pages)
+        told = self.told(shape.group, shape.pages)
         edits = self.edits(shape.group) if shape.edited else None
-        given = (self.weights, self.state, control, edits)
+        given = (self.weights, self.state, told, edits)
         outs = (self._lie, self._whole)
         if shape.budget == shape.group:
-            return self._lower(plain_round, outs, *given)
+            return self._lower(partial(_words, plain_round), outs, *given)
         if self.chooses(shape):
-            timed = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
+            timed = told._replace(seconds=np.ones(1 + shape.budget, np.float32))
             budgets = self.sizes.budgets(shape.group)[1:]
             chosen = (self.weights, self.state, timed, edits)
-            return self._lower(partial(_stopping, budgets), outs, *chosen)
-        return self._lower(partial(_with_budget, shape.budget), outs, *given)
+            stopping = partial(stopping_round, budgets=budgets)
+            return self._lower(partial(_words, stopping), outs, *chosen)
+        drafting = partial(serve_round, budget=shape.budget)
+        return self._lower(partial(_words, drafting), outs, *given)
 
     def _compile_chunk(self, chunk: int) -> Any:
         rows = self._rows(np.zeros(chunk, np.int32), np.zeros(chunk, np.int32), ())
@@ -335,9 +343,16 @@ class Programs:
         return padded
 
 
-def _stopping(budgets: tuple[int, ...], *given: Any) -> Any:
-    return stopping_round(*given, budgets=budgets)
-
-
-def _with_budget(budget: int, *given: Any) -> Any:
-    return serve_round(*given, budget=budget)
+def _words(
+    play: Callable[..., Any],
+    target: Target,
+    draft: Draft,
+    weights: Weights,
+    state: SlotState,
+    told: Told,
+    edits: Edits | None,
+) -> tuple[SlotState, Heard]:
+    """A round that is told and tells words."""
+    control = control_of(told, draft.draft_length)
+    state, result = play(target, draft, weights, state, control, edits)
+    return state, words_of(result)

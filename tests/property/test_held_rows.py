@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_jax.paged_loop import HELD, Control
+from dspark_jax.paged_loop import HELD
 from dspark_jax.paged_upkeep import Behind
+from dspark_jax.paged_words import Told, views
 from dspark_jax.serve.batch import Batch
 from dspark_jax.serve.messages import Delta, Work
 from dspark_jax.serve.metrics import Metrics
@@ -56,8 +57,9 @@ class Watched(Programs):
         self.__dict__.update(programs().__dict__)
         self.late, self.most, self.drafted = Counter[int](), 0, 0
 
-    def round(self, shape: Shape, control: Control, edits: Any) -> Any:
-        slots, fresh = np.asarray(control.slot).tolist(), np.asarray(control.fresh).tolist()
+    def round(self, shape: Shape, told: Told, edits: Any) -> Any:
+        known = views(self.columns(shape.pages), np.asarray(told.words))
+        slots, fresh = known["slot"].tolist(), known["fresh"].tolist()
         for slot in (s for s, new in zip(slots, fresh, strict=True) if new):
             self.late[slot] = 0
         for slot in (s for s in slots if s < self.sizes.slots):
@@ -67,7 +69,7 @@ class Watched(Programs):
             else:
                 assert not self.late[slot]
                 self.drafted += 1
-        return super().round(shape, control, edits)
+        return super().round(shape, told, edits)
 
     def catch_up(self, behind: Behind) -> None:
         slots, rows = np.asarray(behind.slot).tolist(), np.asarray(behind.rows).tolist()
@@ -77,7 +79,7 @@ class Watched(Programs):
         super().catch_up(behind)
 
 
-class Told(Pages):
+class LentOnceTold(Pages):
     """Pages that are lent to others only when the draft has heard of all their rows."""
 
     def __init__(self, batch: list[Batch]):
@@ -111,7 +113,7 @@ def test_a_draft_that_is_asked_has_heard_of_everything() -> None:
     watched, mine = Watched(), list[Batch]()
     batch = Batch(
         watched,
-        Told(mine),
+        LentOnceTold(mine),
         Whims("fixed", DRAFT.draft_length),
         frozenset(),
         Metrics("test", DRAFT.draft_length),

@@ -24,7 +24,8 @@ SIZES = Sizes(slots=4, page=8, pages=33, longest=8, verified=4, vocabulary=40, c
 class Recorder:
     """Programs that only remember what they were asked for."""
 
-    control, edits, shapes = Programs.control, Programs.edits, Programs.shapes
+    told, columns = Programs.told, Programs.columns
+    edits, shapes = Programs.edits, Programs.shapes
     behind, program, chooses = Programs.behind, Programs.program, Programs.chooses
 
     def __init__(self, stopping: bool = False) -> None:
@@ -74,12 +75,12 @@ def test_followers_make_every_call_with_the_same_arrays(stopping: bool) -> None:
     told, here, there = BytesIO(), Recorder(stopping), Recorder(stopping)
     leading = Leading(steps(here), Recorded(told))
     for seed, shape in enumerate(leading.shapes()):
-        control = leading.control(shape.group, shape.pages)
+        given = leading.told(shape.group, shape.pages)
         if leading.chooses(shape):
-            control = control._replace(seconds=np.ones(1 + shape.budget, np.float32))
-        control = drawn(control, seed)
+            given = given._replace(seconds=np.ones(1 + shape.budget, np.float32))
+        given = drawn(given, seed)
         edits = drawn(leading.edits(shape.group), seed) if shape.edited else None
-        leading.round(shape, control, edits)
+        leading.round(shape, given, edits)
     assert leading.prefill(np.arange(100, dtype=np.int32), 24, (3, 1, 2)) == SIZES.chunks[-1]
     leading.prefill(np.array([7], np.int32), 0, (9,))
     for group in SIZES.groups:
@@ -100,7 +101,7 @@ def test_followers_make_every_call_with_the_same_arrays(stopping: bool) -> None:
 def test_a_round_without_edits_is_told_in_a_few_kilobytes() -> None:
     programs: Any = Recorder()
     shape = Shape(4, 20, 8, False)
-    assert len(message(0, shape, programs.control(4, 8))) < 1000
+    assert len(message(0, shape, programs.told(4, 8))) < 1000
     assert len(message(STOP)) < 64
 
 
