@@ -25,14 +25,21 @@ GLM_5_2 = DraftOptions(
 )
 PRESETS = {
     # A narrow draft of one layer: more would cost the small target more than they bring. The
-    # divergence makes the first steps count, where total variation has next to no gradient.
+    # divergence makes the first steps count, where total variation has next to no gradient; later
+    # steps want more of the latter, which is what sampled drafts are refused by.
     "tiny": TrainSettings(
         steps=1200,
         batch_rows=2,
         conversations=3072,
         draft=DraftOptions(num_layers=1, intermediate_size=384),
-        loss=LossOptions(loss_preset="speculators+kl"),
-        optimizer=OptimizerSettings(learning_rate=6e-3, muon_weight_decay=0.01),
+        loss=LossOptions(loss_weights={"ce": 0.1, "tv": 2.0, "kl_div": 1.0}),
+        # Few steps want a short memory of gradients, and the Markov factors (AdamW's) a high rate.
+        optimizer=OptimizerSettings(
+            learning_rate=1.2e-2,
+            muon_learning_rate=6e-3,
+            muon_weight_decay=0.01,
+            muon_momentum=0.8,
+        ),
         keeping=KeepingOptions(save_every=300, serve_prompts=48),
     ),
     "qwen3-8b": TrainSettings(
