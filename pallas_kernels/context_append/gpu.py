@@ -8,7 +8,6 @@ values row by row into their pages.
 One body serves Hopper and Blackwell: nothing here is multiplied.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -79,10 +78,8 @@ def context_append(
     gpu_target.chosen(arch, interpret)
     (R, _), (L, d), (N, Hk, size, _) = hidden.shape, key_norm.shape, context_keys[0].shape
     tiles, dtype = pl.cdiv(R, ROWS), hidden.dtype
-    # Rows of shared memory begin where copies may, whatever a head's size.
-    line = gpu_target.multiple(d, LINE // dtype.itemsize)
-    # Halves of a head are stored as tiles, of which jax 0.11 wants a whole number in a row.
-    halves = gpu_target.multiple(d, math.lcm(d // 2, LINE // dtype.itemsize))
+    # Halves of a head begin where copies may, whatever a head's size.
+    half = gpu_target.multiple(d // 2, LINE // dtype.itemsize)
     if R == 0:
         return context_keys, context_values
 
@@ -95,9 +92,9 @@ def context_append(
         body,
         out_type=(),
         scratch_types={
-            "key": plgpu.SMEM((ROWS, line), dtype),
-            "value": plgpu.SMEM((ROWS, line), dtype),
-            "turned": plgpu.SMEM((ROWS, halves), dtype),
+            "key": plgpu.SMEM((ROWS, 2 * half), dtype),
+            "value": plgpu.SMEM((ROWS, 2 * half), dtype),
+            "turned": plgpu.SMEM((ROWS, 2 * half), dtype),
             "cell": plgpu.SMEM((ROWS,), jnp.int32),
             "key_arrived": plgpu.Barrier(),
             "others_arrived": plgpu.Barrier(num_arrivals=2),
@@ -106,9 +103,9 @@ def context_append(
         grid_names=("tile", "layer", "head"),
         interpret=interpret or None,
     )(
-        _projected(hidden, kernel, 2 * L * Hk, line),
-        _turns(position, tiles * ROWS, d, theta),
-        key_norm.astype(dtype).astype(jnp.float32),
+        _projected(hidden, kernel, 2 * L * Hk, half),
+        _turns(position, tiles * ROWS, d, half, theta),
+        _halves(key_norm.astype(dtype).astype(jnp.float32), half),
         _cells(cell_page, cell_place, tiles * ROWS, N, size),
         *contexts,
     )
@@ -117,22 +114,28 @@ def context_append(
 
 
 def _projected(
-    hidden: Float[Array, "R D"], kernel: Float[Array, "D n"], heads: int, line: int
-) -> Float[Array, "R heads line"]:
-    """[keys | values] of layer after layer, head by head, each up to the end of its line."""
+    hidden: Float[Array, "R D"], kernel: Float[Array, "D n"], heads: int, half: int
+) -> Float[Array, "R heads twice_half"]:
+    """[keys | values] of layer after layer, head by head."""
     both = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
-    both = both.reshape(len(hidden), heads, -1)
-    return jnp.pad(both, ((0, 0), (0, 0), (0, line - both.shape[-1])))
+    return _halves(both.reshape(len(hidden), heads, -1), half)
+
+
+def _halves(x: Float[Array, "*some d"], half: int) -> Float[Array, "*some twice_half"]:
+    """With zeros behind either half of every head; as it is where nothing lacks."""
+    x = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, half - x.shape[-1])))
+    return x.reshape(*x.shape[:-2], 2 * half)
 
 
 def _turns(
-    position: Int[Array, "R"], rows: int, d: int, theta: float
+    position: Int[Array, "R"], rows: int, d: int, half: int, theta: float
 ) -> Float[Array, "2 rows half"]:
     """Cosines and sines of every row's angles, by XLA, as the reference has them."""
     rate = 1.0 / theta ** (jnp.arange(0, d, 2, dtype=jnp.float32) / d)
     angle = position[:, None].astype(jnp.float32) * rate
     turns = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
-    return jnp.pad(turns, ((0, 0), (0, rows - len(position)), (0, 0)))
+    return jnp.pad(turns, ((0, 0), (0, rows - len(position)), (0, half - d // 2)))
 
 
 def _cells(
@@ -170,8 +173,8 @@ def _append(
             def _():
                 place = pl.ds(cell % size, 1)
                 for source, context in ((scratch["turned"], key), (scratch["value"], value)):
-                    there = context.at[cell // size, head, place, pl.ds(0, d)]
-                    plgpu.copy_smem_to_gmem(source.at[pl.ds(row, 1), pl.ds(0, d)], there)
+                    there = context.at[cell // size, head, place]
+                    _copy_row(source.at[pl.ds(row, 1)], there, d)
 
     for i in range(L):
         pl.when(layer == i)(lambda i=i: write(contexts[i], contexts[L + i]))
@@ -179,9 +182,20 @@ def _append(
     plgpu.wait_smem_to_gmem(0)
 
 
+def _copy_row(row: Any, there: Any, d: int) -> None:
+    """A row's d numbers, at once if its halves lie side by side."""
+    half = row.shape[1] // 2
+    if 2 * half == d:
+        plgpu.copy_smem_to_gmem(row, there.at[:, pl.ds(0, d)])
+        return
+    for i in range(2):
+        numbers = row.at[:, pl.ds(i * half, d // 2)]
+        plgpu.copy_smem_to_gmem(numbers, there.at[:, pl.ds(i * (d // 2), d // 2)])
+
+
 def _turn(key: Any, turns: Any, norm: Any, out: Any, d: int, eps: float) -> None:
     """The keys normed and rotated (NeoX halves), rounded wherever the reference rounds."""
-    layout, half, dtype = plgpu.Layout.WGMMA, d // 2, key.dtype
+    layout, half, dtype = plgpu.Layout.WGMMA, key.shape[1] // 2, key.dtype
     halves = pl.ds(0, half), pl.ds(half, half)
 
     def load(source: Any, layout: Any = layout) -> Any:

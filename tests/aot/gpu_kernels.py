@@ -124,6 +124,7 @@ def kernels(arch: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "context_append Qwen3-8B, one request": append(8, 4096, 5, 8, 128, 16384),
         "context_append GLM-5.2, pages": append(512, 6144, 5, 32, 96, 16),
         "context_append GLM-5.2 of 8 devices": append(512, 6144, 5, 4, 96, 16),
+        "context_append heads of 112": append(512, 4096, 5, 8, 112, 16),
         "row_statistics Qwen3-8B": judging(64, 151936, jnp.float32),
         "row_statistics GLM-5.2": judging(64, 154880, jnp.bfloat16),
         "row_statistics GLM-5.2, one request": judging(1, 154880, jnp.float32),
