@@ -11,7 +11,6 @@ os.environ["XLA_FLAGS"] = (
 import atexit  # noqa: E402
 import shutil  # noqa: E402
 import tempfile  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
@@ -29,18 +28,17 @@ ASKED = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+def compiled_quickly(request: pytest.FixtureRequest) -> None:
     """Tests compile far more than they run, which without optimising takes half the time.
 
-    Not those marked `optimised`, nor any where JAX_DISABLE_MOST_OPTIMIZATIONS is 0. The commands
+    Not files marked `optimised`, nor any where JAX_DISABLE_MOST_OPTIMIZATIONS is 0. The commands
     that tests start compile as users do.
     """
     quickly = ASKED is None and request.node.get_closest_marker("optimised") is None
-    if quickly:
-        jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    if quickly:
-        jax.config.update("jax_disable_most_optimizations", False)
+    if ASKED is None and quickly != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        # What files share was compiled the other way, which jit does not look at.
+        jax.clear_caches()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -106,15 +106,9 @@ def same_end(shared: Path, output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_as_if_nothing_had_happened(shared: Path, tmp_path: Path):
-    kill_often(shared, tmp_path, 3, seed=0)
-    code, out, err = finish(start(shared, tmp_path))
-    assert code == 0, out + err
-    same_end(shared, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_many_random_moments_does_so_too(shared: Path, tmp_path: Path):
+def test_a_run_killed_at_many_random_moments_ends_as_if_nothing_had_happened(
+    shared: Path, tmp_path: Path
+):
     kill_often(shared, tmp_path, 12, seed=1)
     code, out, err = finish(start(shared, tmp_path))
     assert code == 0, out + err

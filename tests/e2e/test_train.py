@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 256
 """More tokens than any conversation of the short run has."""
@@ -137,5 +139,6 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
         losses.append([json.loads(line).get("loss") for line in lines])
         validations.append(json.loads((output / "report.json").read_text())["validation"])
     np.testing.assert_allclose(*([x for x in run if x] for run in losses), rtol=1e-3)
+    # A bias is a difference of probabilities near zero, of which a share would ask for too much.
     for name, value in validations[0].items():
-        np.testing.assert_allclose(validations[1][name], value, rtol=1e-2, err_msg=name)
+        np.testing.assert_allclose(validations[1][name], value, rtol=1e-2, atol=1e-4, err_msg=name)

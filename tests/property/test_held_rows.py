@@ -21,6 +21,8 @@ from tests.property.server import HELD_BACK, OWNED, PLAIN, PROMPTS, Member, Serv
 from tests.property.test_engine import DRAFT, GREEDY, LIMIT, PAGE, ROOMY, programs
 from tests.property.test_greedy_equals_plain import PROMPTS as PROMPTS_OF
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.mark.parametrize("counts", [(1, 3), (HELD, 7), (5, HELD)])
 def test_rows_told_late_are_those_told_at_once(counts: tuple[int, int]) -> None:

@@ -22,6 +22,8 @@ from dspark_jax.targets.mesh import family
 from dspark_jax.types import Draft, Rows, Target
 from tests.property.test_sharded_targets import GLM, QWEN3, collectives, params_of
 
+pytestmark = pytest.mark.optimised
+
 V, LIMIT, CHUNK, CAPACITY = 12, 30, 6, 48
 TARGETS: dict[str, TargetConfig] = {
     "glm": replace(

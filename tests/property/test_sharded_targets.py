@@ -19,6 +19,8 @@ from dspark_jax.targets.families import init_params, make_target
 from dspark_jax.targets.mesh import family
 from dspark_jax.types import Rows
 
+pytestmark = pytest.mark.optimised
+
 GLM = GlmConfig(
     vocab_size=64,
     hidden_size=32,

@@ -23,6 +23,8 @@ from dspark_jax.fp8 import (
     saturate,
 )
 
+pytestmark = pytest.mark.optimised
+
 CASES = st.sampled_from(
     [((8, 12), (4, 4)), ((7, 13), (3, 5)), ((7, 13), (1, 8)), ((7, 13), (20, 20)), ((5, 1), (1, 1))]
 )

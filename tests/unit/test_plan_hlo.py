@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from dspark_jax.plan.hlo.cost import Cost, account
 
+pytestmark = pytest.mark.optimised
+
 SIZE = 4
 """Bytes of a float32."""
 

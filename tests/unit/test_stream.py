@@ -18,6 +18,8 @@ from dspark_jax.checkpoints.rounds import Parameters, Placement, parts, plan_rou
 from dspark_jax.checkpoints.shards import stored_tensors
 from dspark_jax.checkpoints.stream import stream, writer
 
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parents[2]
 BF16, FP8 = jnp.bfloat16, jnp.float8_e4m3fn
 
