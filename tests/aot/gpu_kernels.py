@@ -5,9 +5,9 @@
 
 needs the CUDA compiler (pip install -e '.[cuda]'), no GPU. Prints one line for each kernel:
 registers of a thread, bytes spilled, shared and tensor memory, seconds to compile. Exit status 1 if
-the compiler refuses one, or one spills in its main loop with the registers that it asked for. Where
-nvdisasm is installed beside ptxas (pip install nvidia-cuda-nvdisasm) the machine code shows where a
-spill is; without, all count.
+the compiler refuses one, or one spills in its main loop with the registers that it asked for, or
+more than was measured without them. Where nvdisasm is installed beside ptxas (pip install
+nvidia-cuda-nvdisasm) the machine code shows where a spill is; without, all count.
 """
 
 import sys
@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dspark_jax.plan.ptxas import ask_for_dumps, overheard, report_of  # noqa: E402
 
+MOST_DENIED = 160
+"""Spills in a main loop that is denied the registers it asks for, at most: 157 were measured."""
 ARCHITECTURES = {"h200": "sm_90a", "b200": "sm_100a", "b300": "sm_103a"}
 
 
@@ -186,7 +188,7 @@ def main(name: str, part: str = "") -> int:
             f"{', denied the registers it asks for' if one.spills and one.unasked else ''}",
             flush=True,
         )
-        bad += one.spills and not one.unasked
+        bad += one.spills and not (one.unasked and (one.spilled_in_loop or 0) <= MOST_DENIED)
     return 1 if bad else 0
 
 
