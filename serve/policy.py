@@ -86,7 +86,8 @@ class Policy:
             self.kept[j] += 0.02 * (float(j < accepted) - self.kept[j])
 
     def _survival(self, chance: Sequence[float]) -> np.ndarray:
+        """Of the drafts that are ever verified, which may be fewer than a block has."""
         if not len(chance):
             return self.survival
         trust = self.kept / np.maximum(self.claimed, 1e-6)
-        return np.cumprod(np.minimum(np.asarray(chance) * trust, 1.0))
+        return np.cumprod(np.minimum(np.asarray(chance)[: self.draft_length] * trust, 1.0))

@@ -159,3 +159,13 @@ def test_what_a_draft_says_of_itself_is_taken_as_it_has_turned_out():
     unsure: list[tuple[list[float], int]] = [([0.3] * G, G)] * GROUP
     assert ask(policy_of((1.0, 1.2, 1.4, 2.0)), sure) == BUDGETS[-1]
     assert ask(boastful, sure) == BUDGETS[0] and ask(modest, unsure) == BUDGETS[-1]
+
+
+def test_what_is_never_verified_of_a_block_counts_for_nothing():
+    chance = [0.9, 0.8, 0.7, 0.6]
+    chosen = []
+    for given in (chance, [*chance, 0.99, 0.99]):
+        policy = policy_of((1.0, 1.1, 1.2, 1.3))
+        policy.observe(2, G, given)
+        chosen.append(policy.budget(policy.seconds, [given] * GROUP, [G] * GROUP))
+    assert chosen[0] == chosen[1] > BUDGETS[0]
