@@ -164,8 +164,8 @@ def test_what_a_draft_says_of_itself_is_taken_as_it_has_turned_out():
 def test_what_is_never_verified_of_a_block_counts_for_nothing():
     chance = [0.9, 0.8, 0.7, 0.6]
     chosen = []
-    for given in (chance, [*chance, 0.99, 0.99]):
+    for said in (chance, [*chance, 0.99, 0.99]):
         policy = policy_of((1.0, 1.1, 1.2, 1.3))
-        policy.observe(2, G, given)
-        chosen.append(policy.budget(policy.seconds, [given] * GROUP, [G] * GROUP))
+        policy.observe(2, G, said)
+        chosen.append(policy.budget(policy.seconds, [said] * GROUP, [G] * GROUP))
     assert chosen[0] == chosen[1] > BUDGETS[0]
