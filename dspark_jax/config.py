@@ -126,7 +126,7 @@ TermName = Literal["ce", "tv", "l1", "kl_div", "rkl", "jsd", "nla", "lk_hybrid"]
 RECIPES: Mapping[str, tuple[tuple[TermName, float], ...]] = MappingProxyType(
     {
         "speculators": (("ce", 0.1), ("tv", 0.9)),
-        "speculators+kl": (("ce", 0.1), ("tv", 0.9), ("kl_div", 1.0)),
+        "speculators+kl": (("ce", 0.1), ("tv", 2.0), ("kl_div", 1.0)),
         "paper": (("ce", 0.1), ("l1", 0.9)),
     }
 )

@@ -44,6 +44,10 @@ def check_settings(settings: TrainSettings) -> None:
         value = attrgetter(name)(settings)
         if not 0 <= value <= 1:
             raise ValueError(f"{name.split('.')[-1]} is {value}; use a number from 0 to 1.")
+    if not 0 <= settings.optimizer.muon_momentum < 1:
+        raise ValueError(
+            f"muon_momentum is {settings.optimizer.muon_momentum}; use 0 or more, less than 1."
+        )
     if settings.loss.loss_preset == "paper" and settings.draft.draft_vocab_size is not None:
         raise ValueError(
             f"draft_vocab_size {settings.draft.draft_vocab_size} and loss_preset paper do not go "

@@ -32,7 +32,7 @@ PRESETS = {
         batch_rows=2,
         conversations=3072,
         draft=DraftOptions(num_layers=1, intermediate_size=384),
-        loss=LossOptions(loss_weights={"ce": 0.1, "tv": 2.0, "kl_div": 1.0}),
+        loss=LossOptions(loss_preset="speculators+kl"),
         # Few steps want a short memory of gradients, and the Markov factors (AdamW's) a high rate.
         optimizer=OptimizerSettings(
             learning_rate=1.2e-2,

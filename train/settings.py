@@ -54,7 +54,7 @@ class LossOptions:
     loss_preset: Literal["speculators", "speculators+kl", "paper"] = "speculators"
     """Labels, trained slots, denominators and weights as published: speculators teaches the
     target's own choice, paper (DeepSpec) the data's token and the L1 distance. speculators+kl adds
-    the divergence from the target, which short runs profit from."""
+    the divergence from the target and weighs tv more, which short runs profit from."""
     loss_weights: dict[TermName, float] | None = None
     """Other weights, as in `--loss-weights ce 0.1 tv 0.9`; l1 is twice tv."""
     loss_confidence: float = 1.0

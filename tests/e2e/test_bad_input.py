@@ -131,6 +131,7 @@ def test_a_warm_start_that_would_mean_something_else_is_refused(
     [
         (("--steps", "0"), "steps is 0"),
         (("--learning-rate", "-1"), "learning_rate is -1.0"),
+        (("--muon-momentum", "2"), "muon_momentum is 2.0"),
         (("--target", "/nonexistent"), "neither a folder nor a hub id"),
         (("--warm-start", str(TINY)), "describes no draft"),
         (("--preset", "glm-5.2"), "--target that they are meant for"),
