@@ -12,6 +12,9 @@ from safetensors.numpy import save_file
 pytestmark = pytest.mark.optimised
 
 ROOT = Path(__file__).resolve().parents[2]
+CALM = ("--learning-rate", "6e-3", "--muon-momentum", "0.95")
+CALM += ("--loss-weights", "ce", "0.1", "tv", "0.9", "kl_div", "1")
+"""Steps that do not enlarge the last bits by which states differ."""
 LONGEST = 256
 """More tokens than any conversation of the short run has."""
 SHORT = [
@@ -133,12 +136,11 @@ def test_hidden_states_from_files_train_the_same_draft_as_in_process(
     losses, validations = [], []
     for extra in ((), ("--hidden-states", tmp_path / "states")):
         output = tmp_path / f"run{len(extra)}"
-        done = train("--data", data, "--output", output, *SHORT, *extra)
+        done = train("--data", data, "--output", output, *SHORT, *CALM, *extra)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = (output / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line).get("loss") for line in lines])
         validations.append(json.loads((output / "report.json").read_text())["validation"])
     np.testing.assert_allclose(*([x for x in run if x] for run in losses), rtol=1e-3)
-    # A bias is a difference of probabilities near zero, of which a share would ask for too much.
     for name, value in validations[0].items():
-        np.testing.assert_allclose(validations[1][name], value, rtol=1e-2, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(validations[1][name], value, rtol=1e-2, err_msg=name)
